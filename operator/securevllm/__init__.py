@@ -1,0 +1,5 @@
+"""Secure vLLM Operator: vLLM on Kubernetes behind an exact route allowlist and isolated networks."""
+
+from __future__ import annotations
+
+__version__ = "0.1.0"
