@@ -1,13 +1,13 @@
 """Every error that crosses a layer.
 
-    OperatorError
-    ├── SpecError          the resource is wrong; carries what to write instead
-    ├── InternalError      our own mistake: a rendered artefact is not what was meant
-    ├── LeadershipLost     a write was refused because the Lease may belong to somebody else
-    ├── ForeignObject      an object with a child's name belongs to somebody else
-    └── ApiError           the API server said no, or did not answer
-        ├── NotFound, AlreadyExists, Conflict, Forbidden, Invalid
-        └── Unavailable    worth a retry: timeout, connection error, 429, 5xx
+OperatorError
+├── SpecError          the resource is wrong; carries what to write instead
+├── InternalError      our own mistake: a rendered artefact is not what was meant
+├── LeadershipLost     a write was refused because the Lease may belong to somebody else
+├── ForeignObject      an object with a child's name belongs to somebody else
+└── ApiError           the API server said no, or did not answer
+    ├── NotFound, AlreadyExists, Conflict, Forbidden, Invalid
+    └── Unavailable    worth a retry: timeout, connection error, 429, 5xx
 """
 
 from __future__ import annotations

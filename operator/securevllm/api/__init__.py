@@ -1,0 +1,1 @@
+"""The resource ``SecureVLLMDeployment``: its models, its schema, and the parser that judges a spec."""

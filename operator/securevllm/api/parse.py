@@ -1,0 +1,430 @@
+"""From a raw object to an accepted spec, or to everything that is wrong with it.
+
+The schema and CEL in the API server refuse most mistakes; this judges again, because an older schema may be installed,
+because some rules need a catalogue, and because only here an answer can say what to write instead.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from securevllm import catalogue
+from securevllm.api import guard
+from securevllm.api import types as api
+from securevllm.errors import Problem, SpecError
+
+_SPEC = TypeAdapter(api.Spec)
+_TAG = re.compile(r":(?P<tag>[A-Za-z0-9_][A-Za-z0-9._-]{0,127})(@sha256:[a-f0-9]{64})?$")
+_QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?([kKMGTPE]i?|m)?")
+_SUFFIXES: dict[str, float] = {"": 1, "m": 0.001, "k": 10**3, "K": 10**3} | {
+    unit + i: (1024 if i else 1000) ** power for power, unit in enumerate("KMGTPE", 1) for i in ("", "i")
+}
+_SECONDS = {"s": 1, "m": 60, "h": 3600}
+
+
+@dataclass(frozen=True)
+class Accepted:
+    """A spec that may be reconciled.
+
+    Attributes:
+        spec: the models.
+        version: the vLLM version that the catalogue is asked for.
+        raw: the spec as the user wrote it, kept for the time when a later one is wrong.
+        risks: what the spec gives up, in its own words; shown in status.
+    """
+
+    spec: api.Spec
+    version: catalogue.Version
+    raw: dict[str, Any]
+    risks: tuple[str, ...]
+
+
+def seconds(duration: str) -> int:
+    """``90s``, ``60m`` or ``2h`` in seconds."""
+    return int(duration[:-1]) * _SECONDS[duration[-1]]
+
+
+def quantity(value: str | int) -> float:
+    """A Kubernetes quantity as a number.
+
+    Raises:
+        ValueError: it is none.
+    """
+    match = _QUANTITY.fullmatch(str(value))
+    if match is None:
+        raise ValueError(f"{value!r} is not a quantity such as 8Gi")
+    suffix = match[2] or ""
+    return float(str(value)[: len(str(value)) - len(suffix)]) * _SUFFIXES[suffix]
+
+
+def parse(name: str, raw: dict[str, Any]) -> Accepted:
+    """Judge a spec.
+
+    Args:
+        name: ``metadata.name``.
+        raw: ``spec``, as the API server holds it.
+
+    Raises:
+        SpecError: with everything that is wrong.
+    """
+    try:
+        spec = _SPEC.validate_json(json.dumps(raw), strict=True, by_alias=True, by_name=False)
+    except ValidationError as error:
+        raise SpecError(*_schema_problems(error)) from None
+    problems = [problem for check in _CHECKS for problem in check(spec)]
+    problems += _name_problems(name)
+    version = version_of(spec)
+    if isinstance(version, Problem):
+        raise SpecError(*problems, version)
+    problems += [problem for check in _VERSION_CHECKS for problem in check(spec, version)]
+    if problems:
+        raise SpecError(*problems)
+    return Accepted(spec=spec, version=version, raw=raw, risks=tuple(_risks(spec)))
+
+
+def _schema_problems(error: ValidationError) -> list[Problem]:
+    """Pydantic's findings in our own words; the value is shown unless it may be large."""
+    problems = []
+    for item in error.errors(include_url=False):
+        field = "spec" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"])
+        value = item.get("input")
+        shown = str(value)[:80] if isinstance(value, str | int | float | bool) else ""
+        fix = "See: kubectl explain securevllmdeployment." + re.sub(r"\[\d+\]", "", field)
+        problems.append(Problem(field, "InvalidSpec", item["msg"].removeprefix("Value error, "), fix, shown))
+    return problems
+
+
+def version_of(spec: api.Spec) -> catalogue.Version | Problem:
+    """The vLLM version, said in words or read from the image's tag."""
+    if spec.vllm_version is not None:
+        return catalogue.Version.parse(spec.vllm_version.assume)
+    match = _TAG.search(spec.image)
+    try:
+        return catalogue.Version.parse(match["tag"] if match else "")
+    except ValueError:
+        return Problem(
+            "spec.image",
+            "VersionUnreadable",
+            "the tag does not say which vLLM version this is, and the routes depend on it",
+            f"Use a release tag such as vllm/vllm-openai:v{catalogue.newest()}, or say it:"
+            f" vllmVersion: {{assume: {catalogue.newest()}}}.",
+            spec.image,
+        )
+
+
+# ------------------------------------------------------------------------------------------- checks of the spec alone
+
+
+def _name_problems(name: str) -> Iterator[Problem]:
+    if len(name) > api.NAME_LIMIT:
+        yield Problem(
+            "metadata.name",
+            "NameTooLong",
+            f"a name has at most {api.NAME_LIMIT} characters, so that the names of its objects fit",
+            "Use a shorter name.",
+            name,
+        )
+    if re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name) is None:
+        yield Problem(
+            "metadata.name",
+            "InvalidSpec",
+            "Services are named after it: lower case letters, digits and '-', beginning with a letter",
+            "Use a name such as llama.",
+            name,
+        )
+
+
+def _not_supported(spec: api.Spec) -> Iterator[Problem]:
+    parallelism, security, gateway = spec.parallelism, spec.security, spec.gateway
+    source = spec.model.source
+    later: list[tuple[str, bool, str]] = [
+        ("spec.parallelism.nodes", parallelism.nodes > 1, "use tensor and pipeline within one pod"),
+        ("spec.parallelism.data", parallelism.data is not None, "use replicas: the gateway balances over them"),
+        ("spec.parallelism.expert", parallelism.expert, "leave it out"),
+        ("spec.disaggregation", spec.disaggregation is not None, "leave it out"),
+        ("spec.model.source.image", source is not None and source.image is not None, "use persistentVolumeClaim"),
+        ("spec.engine.volumes", bool(spec.engine.volumes), "put the files into the image"),
+        (
+            "spec.gateway.routes.profiles",
+            "realtime" in gateway.routes.profiles,
+            "leave realtime out: WebSockets are not rendered yet",
+        ),
+        ("spec.gateway.authentication.jwt", gateway.authentication.jwt is not None, "use apiKeys"),
+        ("spec.gateway.authentication.mtls", gateway.authentication.mtls is not None, "use apiKeys"),
+        ("spec.gateway.autoscaling", gateway.autoscaling is not None, "set gateway.replicas"),
+        ("spec.security.metrics", security.metrics is not None, "leave it out"),
+        ("spec.security.gate.disabled", security.gate.disabled is not None, "leave it out: there is no gate yet"),
+        (
+            "spec.security.verification.mode",
+            security.verification.mode == "Enforce",
+            "use Report: isolation is not measured yet",
+        ),
+    ]
+    for field, asked, instead in later:
+        if asked:
+            yield Problem(field, "NotSupportedYet", "this release does not support it", f"For now: {instead}.")
+
+
+def _model(spec: api.Spec) -> Iterator[Problem]:
+    model = spec.model
+    absolute = model.name.startswith("/")
+    if ".." in model.name.split("/") or "//" in model.name:
+        yield Problem(
+            "spec.model.name", "InvalidSpec", "'..' and '//' are not allowed", "Use a plain path.", model.name
+        )
+    if model.source is None:
+        if not absolute:
+            yield Problem(
+                "spec.model.source",
+                "ModelSourceMissing",
+                "engines have no egress, so the weights must be there before they start",
+                "Paste below spec.model: source: {huggingFace: {}}",
+            )
+        return
+    kinds = [model.source.hugging_face, model.source.persistent_volume_claim, model.source.image]
+    if sum(kind is not None for kind in kinds) != 1:
+        yield Problem(
+            "spec.model.source",
+            "InvalidSpec",
+            "exactly one of huggingFace, persistentVolumeClaim and image",
+            "Keep one of them.",
+        )
+    if model.source.hugging_face is not None and (absolute or model.name.count("/") > 1):
+        yield Problem(
+            "spec.model.name",
+            "InvalidSpec",
+            "a hub knows models as owner/name",
+            "Write for example meta-llama/Llama-3.1-8B-Instruct.",
+            model.name,
+        )
+    claim = model.source.persistent_volume_claim
+    if claim is not None and claim.path is not None and ".." in claim.path.split("/"):
+        yield Problem(
+            "spec.model.source.persistentVolumeClaim.path", "InvalidSpec", "'..' is not allowed", "Use a plain path.",
+            claim.path,
+        )  # fmt: skip
+    hub = model.source.hugging_face
+    if hub is not None and hub.storage.claim_name is None and spec.replicas > 1:
+        shared = {"ReadWriteMany", "ReadOnlyMany"} & set(hub.storage.access_modes)
+        if not shared:
+            yield Problem(
+                "spec.model.source.huggingFace.storage.accessModes",
+                "StorageNotShared",
+                f"{spec.replicas} replicas on several nodes cannot mount a ReadWriteOnce volume",
+                "Use accessModes: [ReadWriteMany] with a storage class that has it, or replicas: 1.",
+                ", ".join(hub.storage.access_modes),
+            )
+
+
+def _quantities(spec: api.Spec) -> Iterator[Problem]:
+    hub = spec.model.source.hugging_face if spec.model.source else None
+    values: list[tuple[str, str | int]] = [
+        ("spec.engine.sharedMemory", spec.engine.shared_memory),
+        ("spec.gateway.limits.requestBody", spec.gateway.limits.request_body),
+    ]
+    if hub is not None:
+        values.append(("spec.model.source.huggingFace.storage.size", hub.storage.size))
+    for field, block in (
+        ("spec.engine.resources", spec.engine.resources),
+        ("spec.gateway.resources", spec.gateway.resources),
+    ):
+        if block is not None:
+            values += [(f"{field}.requests.{name}", value) for name, value in block.requests.items()]
+            values += [(f"{field}.limits.{name}", value) for name, value in block.limits.items()]
+    for field, value in values:
+        try:
+            quantity(value)
+        except ValueError:
+            yield Problem(field, "InvalidSpec", "not a quantity", "Write for example 8Gi.", str(value))
+
+
+_SMALLEST_BODY, _LARGEST_BODY = 2**10, 2**31 - 1
+
+
+def _limits(spec: api.Spec) -> Iterator[Problem]:
+    try:
+        body = quantity(spec.gateway.limits.request_body)
+    except ValueError:
+        return  # reported by _quantities
+    if not _SMALLEST_BODY <= body <= _LARGEST_BODY:
+        yield Problem(
+            "spec.gateway.limits.requestBody", "InvalidSpec", "between 1Ki and 2Gi", "Write for example 64Mi.",
+            str(spec.gateway.limits.request_body),
+        )  # fmt: skip
+
+
+def _world(spec: api.Spec) -> Iterator[Problem]:
+    """The GPUs of the pod are those of the parallelism, or none at all (a CPU engine)."""
+    resources = spec.engine.resources
+    if resources is None:
+        return
+    gpus = {name: value for name, value in (resources.requests | resources.limits).items() if guard.is_gpu(name)}
+    world = spec.parallelism.tensor * spec.parallelism.pipeline
+    if len(gpus) > 1:
+        yield Problem(
+            "spec.engine.resources",
+            "InvalidSpec",
+            "one kind of GPU per pod",
+            "Keep one of them.",
+            ", ".join(sorted(gpus)),
+        )
+    for name, value in gpus.items():
+        if str(value) != str(world):
+            yield Problem(
+                f"spec.engine.resources.limits.{name}",
+                "InvalidSpec",
+                f"tensor x pipeline needs {world} GPUs in the pod",
+                f"Write {world}, or leave resources out.",
+                str(value),
+            )
+
+
+def _ports(spec: api.Spec) -> Iterator[Problem]:
+    """Two sockets that meet on a pod need two ports."""
+    rows = {row.spec: row.port for row in catalogue.sockets().values()}
+    chosen = dict(spec.ports.model_dump(by_alias=True, exclude_none=True).items())
+    ports = rows | chosen
+    for port, count in Counter(ports.values()).items():
+        if count > 1:
+            names = sorted(name for name, value in ports.items() if value == port)
+            yield Problem(
+                f"spec.ports.{next(name for name in names if name in chosen)}",
+                "PortConflict",
+                f"{' and '.join(names)} would listen on the same port",
+                "Choose another port for one of them.",
+                str(port),
+            )
+
+
+def _clients(spec: api.Spec) -> Iterator[Problem]:
+    service, clients = spec.gateway.service, spec.gateway.clients
+    if service.type != "ClusterIP" and (clients is None or not clients.cidrs):
+        yield Problem(
+            "spec.gateway.clients.cidrs",
+            "ClientsRequired",
+            f"a Service of type {service.type} is open to the outside: who may connect has to be said",
+            "Write for example clients: {cidrs: [203.0.113.0/24]}.",
+        )
+    for index, cidr in enumerate(clients.cidrs if clients else ()):
+        yield from _cidr(f"spec.gateway.clients.cidrs[{index}]", cidr)
+
+
+def _cidr(field: str, cidr: str) -> Iterator[Problem]:
+    try:
+        ipaddress.ip_network(cidr)
+    except ValueError as error:
+        yield Problem(field, "InvalidSpec", str(error), "Write a network such as 203.0.113.0/24.", cidr)
+
+
+def _egress(spec: api.Spec) -> Iterator[Problem]:
+    for index, entry in enumerate(spec.security.egress):
+        field = f"spec.security.egress[{index}].to"
+        if not entry.to.cidrs and entry.to.pod_selector is None and entry.to.namespace_selector is None:
+            yield Problem(field, "EgressRefused", "nobody is named", "Name podSelector, namespaceSelector or cidrs.")
+        for cidr in entry.to.cidrs:
+            problems = list(_cidr(f"{field}.cidrs", cidr))
+            yield from problems
+            if not problems and not ipaddress.ip_network(cidr).is_global and ipaddress.ip_network(cidr).prefixlen > 0:
+                yield Problem(
+                    f"{field}.cidrs",
+                    "EgressRefused",
+                    "private, link-local and shared ranges are carved out of every egress rule: the metadata service,"
+                    " nodes and pods live there",
+                    "Name pods by podSelector and namespaceSelector, or a public range.",
+                    cidr,
+                )
+
+
+def _arguments(spec: api.Spec) -> Iterator[Problem]:
+    yield from guard.check_args(spec.engine.args)
+    yield from guard.check_env(spec.engine.env)
+    yield from guard.check_labels(spec.engine.labels)
+    yield from guard.check_annotations(spec.engine.annotations)
+    yield from guard.check_service_annotations(spec.gateway.service.annotations)
+    yield from guard.check_resources("spec.engine.resources", spec.engine.resources, gpus=True)
+    yield from guard.check_resources("spec.gateway.resources", spec.gateway.resources, gpus=False)
+
+
+_CHECKS: tuple[Callable[[api.Spec], Iterator[Problem]], ...] = (
+    _not_supported,
+    _model,
+    _quantities,
+    _limits,
+    _world,
+    _ports,
+    _clients,
+    _egress,
+    _arguments,
+)
+
+
+# ------------------------------------------------------------------------------------------ checks against a version
+
+
+def _version(spec: api.Spec, version: catalogue.Version) -> Iterator[Problem]:
+    field = "spec.image" if spec.vllm_version is None else "spec.vllmVersion.assume"
+    if (version.major, version.minor) > (catalogue.newest().major, catalogue.newest().minor):
+        yield Problem(
+            field,
+            "VersionUnknown",
+            f"the catalogue ends at {catalogue.newest()}: a newer vLLM may have routes that nobody looked at",
+            f"Use an older image, or say: vllmVersion: {{assume: {catalogue.newest()}}}.",
+            str(version),
+        )
+    accepted = any(item.risk == "vllmVersionBelowFloor" for item in spec.security.accept)
+    if version < catalogue.floor() and not accepted:
+        yield Problem(
+            field,
+            "VersionBelowFloor",
+            f"vLLM before {catalogue.floor()} has known holes that no control of this operator covers",
+            "Use a newer image, or accept the risk in words:"
+            " security: {accept: [{risk: vllmVersionBelowFloor, why: ...}]}.",
+            str(version),
+        )
+
+
+def _routes(spec: api.Spec, version: catalogue.Version) -> Iterator[Problem]:
+    known = catalogue.routes_of(version)
+    for index, entry in enumerate(spec.gateway.routes.allow):
+        field = f"spec.gateway.routes.allow[{index}]"
+        route = known.get((entry.method, entry.path))
+        shown = f"{entry.method} {entry.path}"
+        if route is None:
+            yield Problem(
+                field,
+                "RouteUnknown",
+                f"vLLM {version} has no such route",
+                "Write method and path exactly as `securevllm routes` prints them.",
+                shown,
+            )
+        elif route.never:
+            yield Problem(
+                field,
+                "RouteForbidden",
+                f"this route ({route.category}) is never opened",
+                "Leave it out; the operator and the cluster's probes reach what they need without the gateway.",
+                shown,
+            )
+
+
+_VERSION_CHECKS: tuple[Callable[[api.Spec, catalogue.Version], Iterator[Problem]], ...] = (_version, _routes)
+
+
+def _risks(spec: api.Spec) -> Iterator[str]:
+    """What the spec gives up, each in the user's words."""
+    if spec.gateway.authentication.none is not None:
+        yield f"gateway.authentication.none: {spec.gateway.authentication.none}"
+    if spec.gateway.tls.disabled is not None:
+        yield f"gateway.tls.disabled: {spec.gateway.tls.disabled}"
+    for acceptance in spec.security.accept:
+        yield f"{acceptance.risk}: {acceptance.why}"
+    for entry in spec.security.egress:
+        yield f"security.egress: {entry.why}"

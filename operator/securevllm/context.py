@@ -1,0 +1,69 @@
+"""What the core has to know about the cluster and the operator, as plain data.
+
+The edge fills it from settings; ``securevllm render`` uses these defaults.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+FIELD_MANAGER = "securevllm-operator"
+"""Field manager of every server-side apply, and value of ``app.kubernetes.io/managed-by``."""
+
+
+@dataclass(frozen=True)
+class Selector:
+    """meta/v1 LabelSelector, hashable: ``matchLabels`` pairs and ``matchExpressions`` (key, operator, values)."""
+
+    labels: tuple[tuple[str, str], ...] = ()
+    expressions: tuple[tuple[str, str, tuple[str, ...]], ...] = ()
+
+
+@dataclass(frozen=True)
+class PodPeer:
+    """Pods by label. ``namespaces`` None: the namespace of the resource. ``pods`` None: all pods there."""
+
+    namespaces: Selector | None = None
+    pods: Selector | None = None
+
+
+@dataclass(frozen=True)
+class CidrPeer:
+    """Addresses outside the cluster; ``excluded`` ranges within are not meant."""
+
+    cidr: str
+    excluded: tuple[str, ...] = ()
+
+
+Peer = PodPeer | CidrPeer
+
+
+def namespace(name: str) -> Selector:
+    """The namespace of this name, by the label that every API server sets since 1.21."""
+    return Selector(labels=(("kubernetes.io/metadata.name", name),))
+
+
+@dataclass(frozen=True)
+class Context:
+    """The cluster and the operator.
+
+    Attributes:
+        operator: the operator's own pods; they read the gateways' revision and probe them.
+        cluster_domain: suffix of service names.
+        dns: the cluster's DNS servers, after DNAT: policies apply to the real address and port.
+        dns_port: port on which those servers listen (5353 on OpenShift).
+        cluster_ranges: pod, service and node ranges; carved out of every declared egress.
+        gateway_image: Envoy, the version that the templates were tested with.
+    """
+
+    operator: PodPeer = PodPeer(
+        namespaces=namespace("secure-vllm-operator"),
+        pods=Selector(labels=(("app.kubernetes.io/name", "secure-vllm-operator"),)),
+    )
+    cluster_domain: str = "cluster.local"
+    dns: tuple[Peer, ...] = (
+        PodPeer(namespaces=namespace("kube-system"), pods=Selector(labels=(("k8s-app", "kube-dns"),))),
+    )
+    dns_port: int = 53
+    cluster_ranges: tuple[str, ...] = ()
+    gateway_image: str = "envoyproxy/envoy:distroless-v1.40.0"
