@@ -1,0 +1,33 @@
+"""From what was seen to ``.status``. Pure: the time is an argument."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from securevllm.status.conditions import Transition, merge, transitions
+from securevllm.status.facts import Facts, Fetch, Gateway, Workload, fetch, workload
+
+__all__ = ["Facts", "Fetch", "Gateway", "Transition", "Workload", "fetch", "status", "transitions", "workload"]
+
+
+def status(facts: Facts, previous: Mapping[str, Any], now: str) -> dict[str, Any]:
+    """The whole ``.status``; equal to the previous one when nothing changed.
+
+    Args:
+        facts: what was seen.
+        previous: ``.status`` as it is.
+        now: RFC 3339, seconds, UTC; used for conditions that flip.
+    """
+    engine = facts.engine or Workload(desired=0)
+    return {
+        "observedGeneration": facts.generation,
+        "replicas": engine.replicas,
+        "readyReplicas": engine.ready,
+        "selector": facts.selector,
+        "url": facts.url,
+        "vllmVersion": facts.version,
+        "outdated": list(facts.outdated),
+        "acceptedRisks": list(facts.risks),
+        "conditions": merge(facts, previous.get("conditions", ()), now),
+    }

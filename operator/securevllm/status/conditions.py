@@ -1,0 +1,256 @@
+"""From facts to conditions. Each condition is an ordered list of checks; the first that has something to say wins."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from securevllm.status.facts import Facts, Workload
+
+Truth = Literal["True", "False", "Unknown"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Status, reason and message of a condition."""
+
+    status: Truth
+    reason: str
+    message: str
+
+
+Check = Callable[[Facts], Verdict | None]
+
+_MESSAGE_LIMIT = 4096
+
+
+def _no(reason: str, message: str) -> Verdict:
+    return Verdict("False", reason, message)
+
+
+# ---------------------------------------------------------------------------------------------------------- Accepted
+
+
+def _spec_problems(facts: Facts) -> Verdict | None:
+    if not facts.problems:
+        return None
+    told = " ".join(f"{problem}" for problem in facts.problems)
+    if facts.lost:
+        told += " No earlier accepted spec can be read: existing objects and the default-deny stay as they are."
+    elif facts.fallback:
+        told += " What was accepted before keeps running unchanged."
+    return _no(facts.problems[0].reason, told)
+
+
+# ------------------------------------------------------------------------------------------------------ EnginesReady
+
+
+def _failures_of(part: str) -> Check:
+    def check(facts: Facts) -> Verdict | None:
+        mine = {name: why for name, why in facts.failures.items() if name.startswith(part)}
+        if not mine:
+            return None
+        name, why = min(mine.items())
+        reason = "ForeignObject" if "belongs to" in why else "ApplyFailed"
+        more = f" ({len(mine) - 1} more)" if len(mine) > 1 else ""
+        return _no(reason, f"{name.removeprefix(part)}: {why}{more}")
+
+    return check
+
+
+def _suspended(facts: Facts) -> Verdict | None:
+    return _no("Suspended", "spec.suspend is true: scaled to nothing, policies are kept.") if facts.suspended else None
+
+
+def _fetching(facts: Facts) -> Verdict | None:
+    fetch = facts.fetch
+    if fetch is None or fetch.done:
+        return None
+    if fetch.failure:
+        return _no("FetchFailed", f"The model could not be downloaded: {fetch.failure}")
+    return _no("FetchingModel", "The fetch Job downloads the model; engines start when it is complete.")
+
+
+def _rollout(workload: Callable[[Facts], Workload | None], what: str) -> Check:
+    def check(facts: Facts) -> Verdict | None:
+        state = workload(facts)
+        if state is None:
+            return _no("NotCreated", f"The {what} do not exist yet.")
+        if state.complete:
+            return None
+        told = f"{state.ready} of {state.desired} {what} are ready, {state.updated} have the current template."
+        if state.failure:
+            return _no("NotProgressing", f"{told} {state.failure}")
+        return _no("Progressing", told)
+
+    return check
+
+
+def _engines_ready(facts: Facts) -> Verdict | None:
+    count = facts.engine.desired if facts.engine else 0
+    return Verdict("True", "AllReady", f"{count} of {count} engines are ready.")
+
+
+# ------------------------------------------------------------------------------------------------------ GatewayReady
+
+
+def _secrets_missing(facts: Facts) -> Verdict | None:
+    return _no("SecretMissing", " ".join(facts.missing)) if facts.missing else None
+
+
+def _no_client_keys(facts: Facts) -> Verdict | None:
+    if not facts.no_keys:
+        return None
+    return _no("NoClientKeys", " ".join(["No client key is usable: every request is refused.", *facts.keys]))
+
+
+def _revision(facts: Facts) -> Verdict | None:
+    stale = {pod: files for pod, files in facts.served.stale.items() if files}
+    if facts.served.silent:
+        return _no("RevisionUnknown", f"No answer on the ops port of {', '.join(sorted(facts.served.silent))}.")
+    if stale:
+        pod, files = min(stale.items())
+        return _no(
+            "OldRevisionServed",
+            f"{len(stale)} of {len(facts.served.stale)} gateways do not serve the current files; {pod} lacks"
+            f" {', '.join(files)}. A rejected update keeps the last good one, revoked keys included.",
+        )
+    return None
+
+
+def _gateway_ready(facts: Facts) -> Verdict | None:
+    count = len(facts.served.stale)
+    told = f"{count} of {count} gateways serve the current revision."
+    if facts.keys:
+        return Verdict("True", "SomeClientKeysRefused", " ".join([told, *facts.keys]))
+    return Verdict("True", "ServingCurrentRevision", told)
+
+
+# ---------------------------------------------------------------------------------------------------------- Isolated
+
+
+def _isolation_failed(facts: Facts) -> Verdict | None:
+    verdict = _failures_of("isolation/")(facts)
+    return None if verdict is None else _no("PolicyNotApplied", verdict.message)
+
+
+def _contested(facts: Facts) -> Verdict | None:
+    if not facts.contested:
+        return None
+    return _no("DriftContested", f"Somebody else keeps changing {', '.join(sorted(facts.contested))}.")
+
+
+def _not_measured(facts: Facts) -> Verdict | None:
+    if facts.verification == "Off":
+        return Verdict("Unknown", "VerificationOff", "spec.security.verification.mode is Off: nothing is measured.")
+    return Verdict(
+        "Unknown",
+        "NotMeasured",
+        "The policies are applied; whether the network enforces them is not measured by this release.",
+    )
+
+
+_CHECKS: Mapping[str, tuple[Check, ...]] = {
+    "Accepted": (
+        _spec_problems,
+        lambda _: Verdict("True", "SpecAccepted", "The spec is valid and is what is reconciled."),
+    ),
+    "EnginesReady": (
+        _failures_of("isolation/"),
+        _failures_of("engine/"),
+        _suspended,
+        _fetching,
+        _rollout(lambda facts: facts.engine, "engines"),
+        _engines_ready,
+    ),
+    "GatewayReady": (
+        _failures_of("isolation/"),
+        _failures_of("gateway/"),
+        _suspended,
+        _secrets_missing,
+        _no_client_keys,
+        _rollout(lambda facts: facts.gateway, "gateways"),
+        _revision,
+        _gateway_ready,
+    ),
+    "Isolated": (_isolation_failed, _contested, _not_measured),
+}
+
+
+def _decide(checks: Iterable[Check], facts: Facts) -> Verdict:
+    return next(verdict for check in checks if (verdict := check(facts)) is not None)
+
+
+def verdicts(facts: Facts) -> dict[str, Verdict]:
+    """All conditions, in the order in which the status shows them."""
+    found = {name: _decide(checks, facts) for name, checks in _CHECKS.items()}
+    for name in ("Accepted", "EnginesReady", "GatewayReady"):
+        if found[name].status != "True":
+            found["Ready"] = _no(found[name].reason, f"{name}: {found[name].message}")
+            break
+    else:
+        found["Ready"] = Verdict("True", "Serving", f"Clients find it at {facts.url}.")
+    refused = found["Accepted"]
+    # kstatus: a controller that cannot go on without the user says Stalled.
+    found["Stalled"] = (
+        Verdict("True", refused.reason, refused.message)
+        if refused.status == "False"
+        else _no("SpecAccepted", "The operator can go on by itself.")
+    )
+    return found
+
+
+def merge(facts: Facts, previous: Iterable[Mapping[str, Any]], now: str) -> list[dict[str, Any]]:
+    """metav1.Conditions.
+
+    Args:
+        facts: what was seen.
+        previous: conditions as they are; ``lastTransitionTime`` moves only when ``status`` flips.
+        now: RFC 3339, seconds, UTC.
+    """
+    before = {condition["type"]: condition for condition in previous}
+    merged = []
+    for name, verdict in verdicts(facts).items():
+        old = before.get(name)
+        kept = old is not None and old["status"] == verdict.status
+        merged.append(
+            {
+                "type": name,
+                "status": verdict.status,
+                "reason": verdict.reason,
+                "message": verdict.message[:_MESSAGE_LIMIT],
+                "observedGeneration": facts.generation,
+                "lastTransitionTime": old["lastTransitionTime"] if kept and old else now,
+            }
+        )
+    return merged
+
+
+@dataclass(frozen=True)
+class Transition:
+    """A condition that changed its status or its reason: worth an Event."""
+
+    reason: str
+    message: str
+    warning: bool
+
+
+# Isolated=Unknown at creation and Stalled repeat what others say.
+_TOLD = ("Accepted", "EnginesReady", "GatewayReady", "Isolated", "Ready")
+_CALM = frozenset({"Progressing", "NotCreated", "FetchingModel", "Suspended", "RevisionUnknown", "OldRevisionServed"})
+
+
+def transitions(before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str, Any]]) -> list[Transition]:
+    """What to tell: changes of status or reason, never a repetition."""
+    old = {condition["type"]: (condition["status"], condition["reason"]) for condition in before}
+    found = []
+    for condition in after:
+        name, status, reason = condition["type"], condition["status"], condition["reason"]
+        if name not in _TOLD or old.get(name) == (status, reason) or status == "Unknown":
+            continue
+        if name == "Ready" and status == "False" and old.get(name, ("False", ""))[0] == "False":
+            continue  # the condition that it repeats has told it
+        told = f"{name}={status}: {condition['message']}"
+        found.append(Transition(reason, told, warning=status == "False" and reason not in _CALM))
+    return found

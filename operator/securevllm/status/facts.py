@@ -1,0 +1,135 @@
+"""What was seen of a resource: the input of the conditions. Plain data, filled by the edge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from securevllm.errors import Problem
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A Deployment as its controller reports it.
+
+    Attributes:
+        desired: replicas asked for.
+        updated: replicas of the current template.
+        ready: replicas that pass their readiness probe, of any template.
+        replicas: replicas that exist.
+        observed: whether the controller has seen the current generation.
+        failure: why it makes no progress, in the controller's words; empty when it does.
+    """
+
+    desired: int
+    updated: int = 0
+    ready: int = 0
+    replicas: int = 0
+    observed: bool = True
+    failure: str = ""
+
+    @property
+    def complete(self) -> bool:
+        """Everything that was asked for is there, and nothing else."""
+        return self.observed and self.updated == self.ready == self.replicas == self.desired
+
+
+@dataclass(frozen=True)
+class Fetch:
+    """The download of the model."""
+
+    done: bool
+    failure: str = ""
+    running: bool = False
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """What each Envoy says it serves: pod name to the files that are not the current ones; empty tuple: all current."""
+
+    stale: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    silent: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Everything that the conditions are made of.
+
+    Attributes:
+        generation: ``metadata.generation`` of the resource.
+        problems: what is wrong with the spec.
+        fallback: an older accepted spec is reconciled instead of this one.
+        lost: the spec is wrong and no accepted one can be read: objects stay as they are.
+        suspended: scaled to nothing on purpose.
+        engine: the engines; None when the Deployment does not exist.
+        gateway: the gateways; None when the Deployment does not exist.
+        fetch: the download; None when there is nothing to download.
+        served: read back from the gateways.
+        missing: Secrets that the spec names and that are not there, with what is missing.
+        keys: what is wrong with the client keys.
+        no_keys: not one client key is usable.
+        failures: objects that could not be brought to what they should be, by name, with the reason.
+        outdated: workloads that a newer operator would render differently.
+        risks: what the spec gives up.
+        contested: objects that somebody else keeps changing.
+        url: where clients find the gateway.
+        selector: one pod per model replica.
+        version: the vLLM version, as claimed by the image.
+        verification: mode of ``spec.security.verification``.
+    """
+
+    generation: int
+    problems: tuple[Problem, ...] = ()
+    fallback: bool = False
+    lost: bool = False
+    suspended: bool = False
+    engine: Workload | None = None
+    gateway: Workload | None = None
+    fetch: Fetch | None = None
+    served: Gateway = Gateway()
+    missing: tuple[str, ...] = ()
+    keys: tuple[str, ...] = ()
+    no_keys: bool = False
+    failures: Mapping[str, str] = field(default_factory=dict)
+    outdated: tuple[str, ...] = ()
+    risks: tuple[str, ...] = ()
+    contested: tuple[str, ...] = ()
+    url: str = ""
+    selector: str = ""
+    version: str = ""
+    verification: str = "Report"
+
+
+def workload(deployment: Mapping[str, Any]) -> Workload:
+    """Read an apps/v1 Deployment."""
+    status = deployment.get("status", {})
+    failure = ""
+    for condition in status.get("conditions", ()):
+        broken = condition["type"] == "ReplicaFailure" and condition["status"] == "True"
+        stuck = condition["type"] == "Progressing" and condition["status"] == "False"
+        if broken or stuck:
+            failure = condition.get("message") or condition.get("reason", "")
+    return Workload(
+        desired=deployment["spec"].get("replicas", 1),
+        updated=status.get("updatedReplicas", 0),
+        ready=status.get("readyReplicas", 0),
+        replicas=status.get("replicas", 0),
+        observed=status.get("observedGeneration", 0) >= deployment["metadata"].get("generation", 0),
+        failure=failure,
+    )
+
+
+def fetch(job: Mapping[str, Any] | None) -> Fetch:
+    """Read a batch/v1 Job."""
+    if job is None:
+        return Fetch(done=False)
+    status = job.get("status", {})
+    held = {item["type"]: item for item in status.get("conditions", ()) if item["status"] == "True"}
+    failed = held.get("Failed")
+    return Fetch(
+        done="Complete" in held,
+        failure=(failed.get("message") or failed.get("reason", "failed")) if failed else "",
+        running=bool(status.get("active")),
+    )
