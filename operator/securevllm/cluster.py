@@ -33,6 +33,7 @@ from kubernetes.aio.config.incluster_config import InClusterConfigLoader
 
 from securevllm import __version__
 from securevllm.api.kinds import EVENT, SECRET, Kind, KubeObject, Ref
+from securevllm.context import FIELD_MANAGER
 from securevllm.errors import (
     AlreadyExists,
     ApiError,
@@ -46,11 +47,10 @@ from securevllm.errors import (
     Unavailable,
 )
 
-FIELD_MANAGER = "securevllm-operator"
-
 APPLY = "application/apply-patch+yaml"
 MERGE_PATCH = "application/merge-patch+json"
 JSON_PATCH = "application/json-patch+json"
+METADATA_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 
@@ -90,6 +90,9 @@ class Kubernetes(Protocol):
 
     async def get(self, ref: Ref) -> KubeObject:
         """Read one object. Raises `NotFound`."""
+
+    async def exists(self, ref: Ref) -> bool:
+        """Whether an object is there; its content does not leave the API server."""
 
     async def list(self, kind: Kind, namespace: str | None = None, label_selector: str | None = None) -> Listing:
         """Read all objects of a kind; of all namespaces when `namespace` is None."""
@@ -242,6 +245,14 @@ class KubernetesClient:
     async def get(self, ref: Ref) -> KubeObject:
         """See `Kubernetes.get`."""
         return await self._send(_Request("get", "GET", ref.kind, str(ref), ref.path()))
+
+    async def exists(self, ref: Ref) -> bool:
+        """See `Kubernetes.exists`."""
+        try:
+            await self._send(_Request("get", "GET", ref.kind, str(ref), ref.path(), accept=METADATA_ONLY))
+        except NotFound:
+            return False
+        return True
 
     async def list(self, kind: Kind, namespace: str | None = None, label_selector: str | None = None) -> Listing:
         """See `Kubernetes.list`. Pages of 500; starts over once when a page token has expired."""
@@ -408,7 +419,7 @@ class KubernetesClient:
     async def _exchange(self, request: _Request) -> tuple[int, Mapping[str, str], bytes]:
         if time.monotonic() - self._token_read > _TOKEN_AGE:
             await self._refresh_token()
-        headers = {"Accept": "application/json", "User-Agent": f"{FIELD_MANAGER}/{__version__}"}
+        headers = {"Accept": request.accept, "User-Agent": f"{FIELD_MANAGER}/{__version__}"}
         if self._token:
             headers["Authorization"] = f"Bearer {self._token}"
         if request.body is not None:
@@ -465,6 +476,7 @@ class _Request:
     query: Mapping[str, str] = field(default_factory=dict)
     body: Any = field(default=None, repr=False)
     content_type: str = "application/json"
+    accept: str = "application/json"
     retry: bool = True
 
     def __str__(self) -> str:

@@ -1,0 +1,181 @@
+"""Is a live object what was rendered? Pure.
+
+Three questions, because no single one is enough:
+
+* Is everything that we say there, with our value? (``covers``)
+* Did another field manager *add* something? Forced server-side apply repairs the fields that we send and never removes
+  what others added, so ``additions`` walks their ``managedFields`` against what was rendered.
+* Did anything else move since our last write? Some fields belong to no manager: ``hostNetwork`` makes the API server
+  fill in ``hostPort``, which stays when ``hostNetwork`` goes. ``footprint`` remembers the whole object.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator, Mapping
+from enum import Enum, auto
+from typing import Any
+
+from securevllm.api.parse import quantity
+from securevllm.context import FIELD_MANAGER
+from securevllm.render.meta import HASH_ANNOTATION, Object, digest
+
+RESTARTED_AT = "kubectl.kubernetes.io/restartedAt"
+"""``kubectl rollout restart``: a user's wish, not drift."""
+
+_CONTROLLER_ANNOTATIONS = ("deployment.kubernetes.io/", "pv.kubernetes.io/", "volume.kubernetes.io/")
+_SERVER_METADATA = ("managedFields", "resourceVersion", "generation", "uid", "creationTimestamp", "selfLink")
+
+# Kinds whose spec cannot be written back: fields are bound or filled in by controllers, and most are immutable.
+_CREATED_ONCE = frozenset({"Job", "PersistentVolumeClaim"})
+
+
+class Action(Enum):
+    """What to do about a child."""
+
+    KEEP = auto()
+    APPLY = auto()
+    REPLACE = auto()
+
+
+def judge(rendered: Object, live: Object, settled: str | None) -> Action:
+    """Compare.
+
+    Args:
+        rendered: with its hash annotation.
+        live: as the API server holds it.
+        settled: ``footprint`` after our last write; None when this process has not written it yet.
+    """
+    said = live["metadata"].get("annotations", {}).get(HASH_ANNOTATION)
+    if rendered["kind"] in _CREATED_ONCE:
+        return Action.KEEP
+    if said != rendered["metadata"]["annotations"][HASH_ANNOTATION]:
+        return Action.APPLY
+    if settled is not None:
+        return Action.KEEP if footprint(live) == settled else Action.REPLACE
+    if not covers(rendered, live):
+        return Action.APPLY
+    return Action.REPLACE if next(additions(rendered, live), None) is not None else Action.KEEP
+
+
+def covers(rendered: Any, live: Any) -> bool:
+    """Whether ``live`` has everything of ``rendered``; more is allowed, in objects, not in lists."""
+    if isinstance(rendered, Mapping):
+        if not isinstance(live, Mapping):
+            return False
+        if "stringData" in rendered:
+            data = {key: base64.b64encode(text.encode()).decode() for key, text in rendered["stringData"].items()}
+            rendered = {key: value for key, value in rendered.items() if key != "stringData"} | {"data": data}
+        # The API server drops an empty map or list, and keeps no field for it.
+        return all(covers(value, live.get(key, type(value)())) for key, value in rendered.items())
+    if isinstance(rendered, list | tuple):
+        if not isinstance(live, list) or len(rendered) != len(live):
+            return False
+        return all(covers(ours, theirs) for ours, theirs in zip(rendered, live, strict=True))
+    return bool(rendered == live) or _same_quantity(rendered, live)
+
+
+def _same_quantity(ours: Any, theirs: Any) -> bool:
+    """``1000m`` is stored as ``1``."""
+    try:
+        return isinstance(ours, str) and isinstance(theirs, str) and quantity(ours) == quantity(theirs)
+    except ValueError:
+        return False
+
+
+def additions(rendered: Object, live: Object) -> Iterator[str]:
+    """Paths that other managers own and that were not rendered, ``.status`` and controllers' own notes aside."""
+    for entry in live["metadata"].get("managedFields", ()):
+        if entry.get("manager") == FIELD_MANAGER or entry.get("subresource") == "status":
+            continue
+        yield from _added(entry.get("fieldsV1", {}), rendered, "")
+
+
+def _added(fields: Mapping[str, Any], rendered: Any, path: str) -> Iterator[str]:
+    """Walk ``fieldsV1`` (sigs.k8s.io/structured-merge-diff: f: field, k: list key, v: set value, i: index)."""
+    for key, inner in fields.items():
+        if key == ".":
+            continue
+        kind, _, name = key.partition(":")
+        here = f"{path}.{name}"
+        if _is_note(path, name) or here == ".status":
+            continue
+        found, child = _step(kind, name, rendered)
+        if not found:
+            yield here
+        else:
+            yield from _added(inner, child, here)
+
+
+def _step(kind: str, name: str, node: Any) -> tuple[bool, Any]:
+    if kind == "f" and isinstance(node, Mapping):
+        if name == "data" and "stringData" in node:
+            return True, node["stringData"]
+        return name in node, node.get(name)
+    if kind == "k" and isinstance(node, list | tuple):
+        wanted = json.loads(name)
+        for item in node:
+            if isinstance(item, Mapping) and all(item.get(field) == value for field, value in wanted.items()):
+                return True, item
+    if kind == "v" and isinstance(node, list | tuple):
+        return json.loads(name) in node, None
+    return False, None
+
+
+def _is_note(path: str, name: str) -> bool:
+    """Annotations that controllers write for themselves, and a user's restart."""
+    if path == ".metadata.annotations":
+        return name.startswith(_CONTROLLER_ANNOTATIONS)
+    if path == ".metadata":
+        return name in ("finalizers", *_SERVER_METADATA)
+    return path == ".spec.template.metadata.annotations" and name == RESTARTED_AT
+
+
+def footprint(live: Object) -> str:
+    """Hash of everything that only we, or drift, would change."""
+    metadata = {key: value for key, value in live["metadata"].items() if key not in (*_SERVER_METADATA, "finalizers")}
+    notes = metadata.get("annotations", {})
+    metadata["annotations"] = {k: v for k, v in notes.items() if not k.startswith(_CONTROLLER_ANNOTATIONS)}
+    body = {key: value for key, value in live.items() if key not in ("metadata", "status")}
+    restarted = _restarted_at(live)
+    if restarted is not None:
+        body = json.loads(json.dumps(body))
+        template = body["spec"]["template"]["metadata"]["annotations"]
+        del template[RESTARTED_AT]
+    return digest([metadata, body])
+
+
+def _restarted_at(live: Object) -> str | None:
+    template = live.get("spec", {}).get("template", {})
+    value: str | None = template.get("metadata", {}).get("annotations", {}).get(RESTARTED_AT)
+    return value
+
+
+def replacement(rendered: Object, live: Object) -> Object:
+    """The body of a PUT that leaves nothing but what was rendered, and what can only be as it is.
+
+    ``metadata.resourceVersion`` makes it safe against a concurrent writer.
+    """
+    body: Object = json.loads(json.dumps(rendered))
+    metadata = live["metadata"]
+    body["metadata"]["resourceVersion"] = metadata["resourceVersion"]
+    body["metadata"]["uid"] = metadata["uid"]
+    if metadata.get("finalizers"):
+        body["metadata"]["finalizers"] = metadata["finalizers"]
+    for key, value in metadata.get("annotations", {}).items():
+        if key.startswith(_CONTROLLER_ANNOTATIONS):
+            body["metadata"].setdefault("annotations", {})[key] = value
+    if body["kind"] == "Service":
+        # Allocated once and immutable.
+        for name in ("clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy", "healthCheckNodePort"):
+            if name in live["spec"]:
+                body["spec"].setdefault(name, live["spec"][name])
+        allocated = {port["port"]: port["nodePort"] for port in live["spec"].get("ports", ()) if "nodePort" in port}
+        for port in body["spec"].get("ports", ()):
+            if port["port"] in allocated and body["spec"].get("type") != "ClusterIP":
+                port["nodePort"] = allocated[port["port"]]
+    restarted = _restarted_at(live)
+    if restarted is not None:
+        body["spec"]["template"]["metadata"].setdefault("annotations", {})[RESTARTED_AT] = restarted
+    return body

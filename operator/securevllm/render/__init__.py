@@ -1,0 +1,192 @@
+"""From an accepted spec to every object that the operator applies. Pure: equal arguments give equal objects.
+
+``render`` is the one entry point, of the operator and of ``securevllm render`` alike. Objects come in three waves;
+a later wave is applied when the earlier one is there: what isolates, what configures, what runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from securevllm.render import accepted as kept
+from securevllm.render import engine, envoy, fetch, gateway, pods, policies
+from securevllm.render.meta import Object, Owner, stamp
+from securevllm.topology import Role, Topology, plan
+
+if TYPE_CHECKING:
+    from securevllm.api.parse import Accepted
+    from securevllm.context import Context
+
+DEPLOYMENT = "Deployment"
+
+
+class Made(StrEnum):
+    """What a generated Secret holds; the edge makes it once and never changes it without need."""
+
+    ENGINE_KEY = "engine key and seal"
+    CLIENT_KEYS = "one client key"
+    CA = "certificate authority"
+    TLS = "server certificate"
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A Secret whose content is random: the object without data, and what to put in."""
+
+    made: Made
+    object: Object
+    names: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Observed:
+    """What has to be known from the cluster; the defaults are those of ``securevllm render``.
+
+    Attributes:
+        client_keys: the judged keys of all clients.
+        pins: templates that were rolled out, by workload name.
+        fetched: names of fetch Jobs that are complete.
+        restart_at: value of the user's annotation.
+        seal_key: key of the seal on what was accepted.
+    """
+
+    client_keys: tuple[envoy.ClientKey, ...] = ()
+    pins: Mapping[str, kept.Pin] = field(default_factory=dict)
+    fetched: frozenset[str] = frozenset()
+    restart_at: str = ""
+    seal_key: bytes = field(default=b"", repr=False)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """Everything for one resource.
+
+    Attributes:
+        topology: what it was made from.
+        deny: the namespace's default-deny; shared, without owner.
+        isolation: wave 1, NetworkPolicies.
+        generated: Secrets that are made once.
+        configuration: wave 2.
+        workloads: wave 3.
+        withheld: workloads that must neither be changed nor pruned now, because their model is not there yet.
+        outdated: workloads that a fresh rendering would change.
+        gateway_files: Envoy file name to text, without keys.
+        keys_file: text of the file with the client keys; empty without authentication.
+        url: where clients find the gateway.
+        selector: label selector that matches one pod per model replica.
+    """
+
+    topology: Topology
+    deny: Object
+    isolation: tuple[Object, ...]
+    generated: tuple[Generated, ...]
+    configuration: tuple[Object, ...]
+    workloads: tuple[Object, ...]
+    withheld: tuple[Object, ...]
+    outdated: tuple[str, ...]
+    gateway_files: Mapping[str, str]
+    keys_file: str = field(repr=False)
+    url: str
+    selector: str
+
+    def objects(self) -> Iterator[Object]:
+        """Everything that is applied, in order."""
+        yield self.deny
+        yield from self.isolation
+        yield from self.configuration
+        yield from self.workloads
+
+    def served_files(self) -> dict[str, str]:
+        """The files that an up-to-date gateway has loaded: file name to text."""
+        files = dict(self.gateway_files)
+        if self.url.startswith("http:"):
+            del files["sds.yaml"]  # nothing asks for a certificate
+        if self.keys_file:
+            files[envoy.API_KEYS_FILE] = self.keys_file
+        return files
+
+    def revision(self) -> str:
+        """Hash of everything that a gateway serves."""
+        return envoy.revision(self.served_files())
+
+
+def render(owner: Owner, accepted: Accepted, context: Context, observed: Observed) -> Rendered:
+    """Render a resource.
+
+    Args:
+        owner: name, namespace and uid of the resource.
+        accepted: its judged spec.
+        context: the cluster and the operator.
+        observed: what was read from the cluster.
+    """
+    spec = accepted.spec
+    topology = plan(spec, context)
+    model = gateway.model(owner, spec, accepted.version, topology, context)
+    files = envoy.envoy_files(model)
+    keys_file = envoy.api_keys_file(observed.client_keys) if model.authentication else ""
+
+    settled = {
+        engine.ROLE: kept.settle(
+            engine.template(owner, spec, topology, observed.restart_at),
+            engine.inputs(spec, observed.restart_at),
+            observed.pins.get(engine.ROLE),
+            spec.update_policy,
+        ),
+        gateway.ROLE: kept.settle(
+            gateway.template(owner, spec, context, model, files),
+            gateway.inputs(spec),
+            observed.pins.get(gateway.ROLE),
+            spec.update_policy,
+        ),
+    }
+    job = fetch.job(owner, spec)
+    waiting = job is not None and fetch.job_name(owner, spec) not in observed.fetched and not spec.suspend
+    engines = engine.deployment(owner, spec, settled[engine.ROLE].pin.template)
+    gateways = gateway.deployment(owner, spec, settled[gateway.ROLE].pin.template)
+    memory = kept.Kept(accepted.raw, {name: item.pin for name, item in settled.items()})
+
+    configuration = [
+        kept.config_map(owner, memory, observed.seal_key),
+        *(pods.service_account(owner, item.role.value) for item in topology.pods),
+        engine.service(owner, topology),
+        gateway.service(owner, spec, topology),
+        gateway.config_map(owner, files),
+        *([gateway.auth_secret(owner, observed.client_keys)] if model.authentication else []),
+        gateway.disruption_budget(owner, spec),
+        fetch.claim(owner, spec),
+    ]
+    workloads = [job, gateways, *([] if waiting else [engines])]
+    return Rendered(
+        topology=topology,
+        deny=stamp(policies.default_deny(owner.namespace)),
+        isolation=tuple(map(stamp, policies.policies(owner, topology))),
+        generated=tuple(generated(owner, accepted, context)),
+        configuration=tuple(stamp(item) for item in configuration if item is not None),
+        workloads=tuple(stamp(item) for item in workloads if item is not None),
+        withheld=(engines,) if waiting else (),
+        outdated=tuple(name for name, item in settled.items() if item.outdated),
+        gateway_files=files,
+        keys_file=keys_file,
+        url=gateway.url(owner, spec, context),
+        selector=",".join(f"{key}={value}" for key, value in sorted(owner.selector(Role.ENGINE.value).items())),
+    )
+
+
+def generated(owner: Owner, accepted: Accepted, context: Context) -> Iterator[Generated]:
+    """Secrets with random content, in the order in which they are made: the certificate needs the CA."""
+    spec = accepted.spec
+    yield Generated(Made.ENGINE_KEY, _secret(owner, engine.KEY_SECRET, engine.ROLE, "Opaque"))
+    authentication = spec.gateway.authentication
+    if authentication.api_keys is None and authentication.none is None:
+        yield Generated(Made.CLIENT_KEYS, _secret(owner, gateway.CLIENT_KEYS_SUFFIX, gateway.ROLE, "Opaque"))
+    if spec.gateway.tls.disabled is None and spec.gateway.tls.secret_name is None:
+        names = gateway.server_names(owner, spec, context)
+        yield Generated(Made.CA, _secret(owner, gateway.CA_SUFFIX, gateway.ROLE, "kubernetes.io/tls"))
+        yield Generated(Made.TLS, _secret(owner, gateway.TLS_SUFFIX, gateway.ROLE, "kubernetes.io/tls"), names)
+
+
+def _secret(owner: Owner, suffix: str, component: str, kind: str) -> Object:
+    return owner.object("v1", "Secret", suffix, component, type=kind)

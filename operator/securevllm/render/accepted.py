@@ -1,0 +1,81 @@
+"""What was accepted last, kept in a ConfigMap: the spec, and the pod templates that it was rolled out with.
+
+The spec outlives a bad edit and an operator restart (I6). The templates outlive an operator upgrade (I11): as long as
+what a template depends on is the same, the pinned one is applied again, and a newer rendering is only reported.
+
+Whoever may write ConfigMaps could otherwise choose a pod template for the operator to apply, so the content carries a
+seal: an HMAC whose key is in the engine's Secret, under a data key that no pod mounts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from securevllm.render.meta import Object, Owner, digest
+
+SUFFIX = "accepted"
+_SPEC, _PINS, _SEAL = "spec.json", "templates.json", "seal"
+
+
+@dataclass(frozen=True)
+class Pin:
+    """A template and the hash of what it was made from."""
+
+    inputs: str
+    template: Object
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Content of the ConfigMap."""
+
+    spec: dict[str, Any]
+    pins: Mapping[str, Pin]
+
+
+@dataclass(frozen=True)
+class Settled:
+    """The template to apply, and whether a fresh rendering would differ."""
+
+    pin: Pin
+    outdated: bool
+
+
+def settle(fresh: Object, inputs: Any, pin: Pin | None, policy: Literal["WithSpec", "Always"]) -> Settled:
+    """Keep the pinned template while its inputs are the same."""
+    hashed = digest(inputs)
+    if pin is None or pin.inputs != hashed or policy == "Always":
+        return Settled(Pin(hashed, fresh), outdated=False)
+    return Settled(pin, outdated=pin.template != fresh)
+
+
+def config_map(owner: Owner, kept: Kept, seal_key: bytes) -> Object:
+    """The ConfigMap ``<name>-accepted``."""
+    pins = {name: {"inputs": pin.inputs, "template": pin.template} for name, pin in kept.pins.items()}
+    spec_text, pins_text = _text(kept.spec), _text(pins)
+    data = {_SPEC: spec_text, _PINS: pins_text, _SEAL: _seal(seal_key, owner.uid, spec_text, pins_text)}
+    return owner.object("v1", "ConfigMap", SUFFIX, "operator", data=data)
+
+
+def read(owner: Owner, data: Mapping[str, str], seal_key: bytes) -> Kept | None:
+    """Content that carries a valid seal; None otherwise: it is treated as lost, never as true."""
+    spec_text, pins_text = data.get(_SPEC, ""), data.get(_PINS, "")
+    if not hmac.compare_digest(data.get(_SEAL, ""), _seal(seal_key, owner.uid, spec_text, pins_text)):
+        return None
+    pins = {name: Pin(pin["inputs"], pin["template"]) for name, pin in json.loads(pins_text).items()}
+    return Kept(json.loads(spec_text), pins)
+
+
+def _text(value: Any) -> str:
+    return json.dumps(value, sort_keys=True, indent=1)
+
+
+def _seal(key: bytes, *parts: str) -> str:
+    # Lengths in front: moving text from one part to the next must not keep the seal.
+    message = b"".join(len(part.encode()).to_bytes(8, "big") + part.encode() for part in parts)
+    return hmac.new(key, message, hashlib.sha256).hexdigest()

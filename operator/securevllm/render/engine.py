@@ -1,0 +1,192 @@
+"""The engines: vLLM's command line, environment and pod, for one pod per model replica."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from securevllm import catalogue
+from securevllm.api import parse
+from securevllm.api import types as api
+from securevllm.render import envoy, fetch, pods
+from securevllm.render.meta import RESTART_ANNOTATION, Object, Owner
+from securevllm.topology import Role, Topology
+
+ROLE = Role.ENGINE.value
+
+KEY_SECRET = "engine-key"  # noqa: S105 - the suffix of a Secret's name
+KEY = "api-key"
+SEAL = "seal-key"
+
+HEALTH_PATH = "/health"
+_PROBE_SECONDS = 10
+_ENDPOINT_SECONDS = 15
+"""Time for the gateway to notice that a pod is going: DNS refresh plus the DNS server's cache."""
+
+_UNREACHABLE_DOMAIN = "none.invalid"
+"""vLLM reads an empty list of media domains as "any"; .invalid never resolves (RFC 6761)."""
+
+
+def key_secret(owner: Owner) -> str:
+    """Name of the Secret that holds the engines' own API key."""
+    return owner.child(KEY_SECRET)
+
+
+def service(owner: Owner, topology: Topology) -> Object:
+    """Headless: the gateway sees each ready pod and balances itself."""
+    port = topology.socket(Role.ENGINE, "api").port
+    return owner.object(
+        "v1",
+        "Service",
+        ROLE,
+        ROLE,
+        spec={
+            "clusterIP": "None",
+            "publishNotReadyAddresses": False,
+            "selector": owner.selector(ROLE),
+            "ports": [{"name": "http", "port": port, "targetPort": port, "protocol": "TCP"}],
+        },
+    )
+
+
+def deployment(owner: Owner, spec: api.Spec, template: Object) -> Object:
+    """N pods are N model replicas. Surge 0: a spare GPU is rarely there."""
+    startup = parse.seconds(spec.engine.startup_timeout)
+    return owner.object(
+        "apps/v1",
+        "Deployment",
+        ROLE,
+        ROLE,
+        spec={
+            "replicas": 0 if spec.suspend else spec.replicas,
+            "revisionHistoryLimit": 3,
+            "progressDeadlineSeconds": startup + 600,
+            "strategy": {"type": "RollingUpdate", "rollingUpdate": {"maxSurge": 0, "maxUnavailable": 1}},
+            "selector": {"matchLabels": owner.selector(ROLE)},
+            "template": template,
+        },
+    )
+
+
+def template(owner: Owner, spec: api.Spec, topology: Topology, restart_at: str) -> Object:
+    """The engine's pod template."""
+    engine = spec.engine
+    port = topology.socket(Role.ENGINE, "api").port
+    grace = parse.seconds(engine.termination_grace_period)
+    health = {"httpGet": {"path": HEALTH_PATH, "port": port, "scheme": "HTTP"}}
+    volume = fetch.volume(owner, spec)
+    container: dict[str, Any] = {
+        "name": "vllm",
+        "image": spec.image,
+        "command": ["vllm", "serve"],
+        "args": arguments(owner, spec, topology),
+        "env": environment(owner, spec),
+        "ports": [{"name": "http", "containerPort": port, "protocol": "TCP"}],
+        "resources": resources(spec),
+        "securityContext": pods.CONTAINER_SECURITY,
+        "startupProbe": {
+            **health,
+            "periodSeconds": _PROBE_SECONDS,
+            "timeoutSeconds": 5,
+            "failureThreshold": max(1, parse.seconds(engine.startup_timeout) // _PROBE_SECONDS),
+        },
+        "readinessProbe": {**health, "periodSeconds": 5, "timeoutSeconds": 5, "failureThreshold": 3},
+        "livenessProbe": {**health, "periodSeconds": 15, "timeoutSeconds": 10, "failureThreshold": 4},
+        # Requests still come for a moment after the endpoint is gone; vLLM refuses them once it has its signal.
+        "lifecycle": {"preStop": {"sleep": {"seconds": min(_ENDPOINT_SECONDS, max(1, grace // 2))}}},
+        "volumeMounts": [
+            {"name": "home", "mountPath": pods.HOME},
+            {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - a mount of the pod
+            {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - a mount of the pod
+            *([{"name": "model", "mountPath": fetch.MOUNT, "readOnly": True}] if volume else []),
+        ],
+    }
+    pod: dict[str, Any] = {
+        "terminationGracePeriodSeconds": grace,
+        "containers": [container],
+        "volumes": [
+            pods.empty_dir("home"),
+            pods.empty_dir("tmp"),
+            pods.empty_dir("shm", memory=engine.shared_memory),
+            *([volume] if volume else []),
+        ],
+        **pods.placement(spec),
+    }
+    return pods.template(
+        owner,
+        ROLE,
+        user=pods.VLLM_USER,
+        group=pods.VLLM_GROUP,
+        pod=pod,
+        labels=engine.labels,
+        annotations=engine.annotations | ({RESTART_ANNOTATION: restart_at} if restart_at else {}),
+    )
+
+
+def arguments(owner: Owner, spec: api.Spec, topology: Topology) -> list[str]:
+    """VLLM's arguments: the model first, the user's flags, then the operator's: on a repeat the last one wins."""
+    domains = spec.security.media.allowed_domains or (_UNREACHABLE_DOMAIN,)
+    return [
+        fetch.path(owner, spec) or spec.model.name,
+        *spec.engine.args,
+        f"--served-model-name={spec.model.served_name or spec.model.name}",
+        "--host=$(POD_IP)",
+        f"--port={topology.socket(Role.ENGINE, 'api').port}",
+        f"--tensor-parallel-size={spec.parallelism.tensor}",
+        f"--pipeline-parallel-size={spec.parallelism.pipeline}",
+        # A list ends only at the next flag, so one of ours follows it.
+        "--allowed-media-domains",
+        *domains,
+        "--disable-fastapi-docs",
+    ]
+
+
+def environment(owner: Owner, spec: api.Spec) -> list[dict[str, Any]]:
+    """The container's variables; ours come last, and the guard refused their names."""
+    fixed = catalogue.environment().fixed | {
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(envoy.ENGINE_KEEP_ALIVE_SECONDS),
+        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "1" if spec.security.media.allow_redirects else "0",
+        "HOME": pods.HOME,
+        "USER": "vllm",
+        "LOGNAME": "vllm",
+        "XDG_CACHE_HOME": f"{pods.HOME}/.cache",
+        "XDG_CONFIG_HOME": f"{pods.HOME}/.config",
+        "HF_HOME": f"{pods.HOME}/.cache/huggingface",
+        "VLLM_CACHE_ROOT": f"{pods.HOME}/.cache/vllm",
+        "TRITON_CACHE_DIR": f"{pods.HOME}/.cache/triton",
+        "TORCHINDUCTOR_CACHE_DIR": f"{pods.HOME}/.cache/torchinductor",
+        "FLASHINFER_WORKSPACE_BASE": f"{pods.HOME}/.cache/flashinfer",
+        "CUDA_CACHE_PATH": f"{pods.HOME}/.cache/nv",
+        # Only the interface that policies govern.
+        "GLOO_SOCKET_IFNAME": "eth0",
+        "NCCL_SOCKET_IFNAME": "eth0",
+    }
+    return [
+        pods.field_env("POD_IP", "status.podIP"),
+        # Unset, vLLM dials 8.8.8.8 to find its address and falls back to 0.0.0.0.
+        pods.field_env("VLLM_HOST_IP", "status.podIP"),
+        pods.secret_env("VLLM_API_KEY", key_secret(owner), KEY),
+        *(variable.model_dump() for variable in spec.engine.env),
+        *({"name": name, "value": value} for name, value in sorted(fixed.items())),
+    ]
+
+
+def resources(spec: api.Spec) -> dict[str, Any]:
+    """What the spec says, or the GPUs of the parallelism."""
+    if spec.engine.resources is None:
+        world = str(spec.parallelism.tensor * spec.parallelism.pipeline)
+        return {"limits": {"nvidia.com/gpu": world}}
+    return quantities(spec.engine.resources)
+
+
+def quantities(block: api.Resources) -> dict[str, Any]:
+    """core/v1 ResourceRequirements; the API server wants quantities as strings."""
+    parts = {"requests": block.requests, "limits": block.limits}
+    return {part: {name: str(value) for name, value in amounts.items()} for part, amounts in parts.items() if amounts}
+
+
+def inputs(spec: api.Spec, restart_at: str) -> Any:
+    """The part of the spec that the template depends on: a change here rolls the pods, an operator upgrade does not."""
+    chosen = {"model", "image", "image_pull_secrets", "parallelism", "ports", "engine"}
+    dumped = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True, include=chosen)
+    media = spec.security.media.model_dump(mode="json", by_alias=True, exclude_defaults=True)
+    return {"spec": dumped, "media": media, "restartAt": restart_at}

@@ -1,0 +1,98 @@
+"""Names, labels and owner of every child, in one place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from securevllm.api import types as api
+from securevllm.context import FIELD_MANAGER
+
+Object = dict[str, Any]
+"""A Kubernetes object as the API server takes it: JSON."""
+
+MANAGED_BY = "app.kubernetes.io/managed-by"
+RESOURCE_LABEL = f"{api.GROUP}/resource"
+ROLE_LABEL = f"{api.GROUP}/role"
+HASH_ANNOTATION = f"{api.GROUP}/rendered"
+"""On every child: hash of what was rendered. Differs: the operator has something new to say."""
+
+RESTART_ANNOTATION = f"{api.GROUP}/restart-at"
+"""A user writes it on the resource; the engines restart when it changes."""
+
+DENY_NAME = "securevllm-default-deny"
+
+
+def digest(value: Any, length: int = 16) -> str:
+    """Hash of JSON data; the same for equal data, whatever the order of keys."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:length]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """The resource that owns the children."""
+
+    name: str
+    namespace: str
+    uid: str
+
+    @property
+    def label(self) -> str:
+        """Value of ``securevllm.io/resource``: a recreated resource must not join pods of the old one."""
+        return f"{self.name}-{digest(self.uid, 8)}"
+
+    def child(self, suffix: str) -> str:
+        """Name of a child."""
+        return f"{self.name}-{suffix}"
+
+    def labels(self, component: str) -> dict[str, str]:
+        """Labels of a child object (not of pods: no policy selects it)."""
+        return {
+            "app.kubernetes.io/name": "vllm",
+            "app.kubernetes.io/instance": self.name,
+            "app.kubernetes.io/component": component,
+            MANAGED_BY: FIELD_MANAGER,
+        }
+
+    def selector(self, role: str) -> dict[str, str]:
+        """Labels that policies, Services and workloads select the pods of a role by."""
+        return {RESOURCE_LABEL: self.label, ROLE_LABEL: role}
+
+    def pod_labels(self, role: str) -> dict[str, str]:
+        """Labels of the pods of a role."""
+        return self.labels(role) | self.selector(role)
+
+    def object(self, api_version: str, kind: str, suffix: str, component: str, **body: Any) -> Object:
+        """A child with its metadata; ``body`` holds the top-level fields."""
+        return {
+            "apiVersion": api_version,
+            "kind": kind,
+            "metadata": {
+                "name": self.child(suffix),
+                "namespace": self.namespace,
+                "labels": self.labels(component),
+                "ownerReferences": [self.reference()],
+            },
+            **body,
+        }
+
+    def reference(self) -> dict[str, Any]:
+        """Owner reference: the garbage collector removes the child with the resource."""
+        return {
+            "apiVersion": api.API_VERSION,
+            "kind": api.KIND,
+            "name": self.name,
+            "uid": self.uid,
+            "controller": True,
+            "blockOwnerDeletion": True,
+        }
+
+
+def stamp(obj: Object) -> Object:
+    """The object with the hash of itself in an annotation."""
+    metadata = obj["metadata"]
+    annotations = metadata.get("annotations", {}) | {HASH_ANNOTATION: digest(obj)}
+    return obj | {"metadata": metadata | {"annotations": annotations}}
