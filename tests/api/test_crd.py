@@ -1,0 +1,380 @@
+"""The CRD on a real API server: accepted, explained and printed; and the API server and the parser agree on specs.
+
+Where they disagree, the parser may be stricter, for a reason that `STRICTER` names; never looser. Whoever adds a rule
+to the parser adds a line there, or puts the rule into the schema.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from kubernetes import client, config
+
+from securevllm.api.crd import PLURAL, crd
+from securevllm.api.parse import parse
+from securevllm.api.types import API_VERSION, GROUP, KIND
+from securevllm.errors import Problem, SpecError
+from tests.schema_fuzz import mutations, nodes, with_value
+
+if TYPE_CHECKING:
+    from e2e.cluster import Cluster
+
+pytestmark = pytest.mark.cluster
+
+FILE = Path(__file__).parents[2] / "crds" / f"{GROUP}_{PLURAL}.yaml"
+NAMESPACE = "test-crd"
+ROOT_SCHEMA: dict[str, Any] = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
+SPEC_SCHEMA: dict[str, Any] = ROOT_SCHEMA["properties"]["spec"]
+SPEC: dict[str, Any] = {
+    "model": {"name": "owner/model", "source": {"huggingFace": {}}},
+    "image": "vllm/vllm-openai:v0.33.0",
+    "replicas": 1,
+}
+WHY = "because this test needs it"
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the API server says to a dry-run create: the object as it would be stored, or why not."""
+
+    stored: dict[str, Any] | None
+    message: str = ""
+
+
+class Server:
+    """The API server with our CRD installed."""
+
+    def __init__(self, cluster: Cluster, api: Any, cache: Path) -> None:
+        self._cluster, self._cache = cluster, cache
+        self.objects: Any = client.CustomObjectsApi(api)
+        self.definitions = client.ApiextensionsV1Api(api)
+
+    def kubectl(self, *arguments: str) -> str:
+        done = self.run(*arguments)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(  # noqa: S603
+            [
+                Path(sys.executable).with_name("kubectl"),
+                f"--kubeconfig={self._cluster.kubeconfig}",
+                f"--cache-dir={self._cache}",
+                f"--namespace={NAMESPACE}",
+                *arguments,
+            ],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+            env={"PATH": os.environ["PATH"]},
+        )
+
+    def definition(self) -> Any:
+        return self.definitions.read_custom_resource_definition(f"{PLURAL}.{GROUP}")
+
+    def create(self, spec: object, *, name: str = "x", dry_run: bool = True) -> Answer:
+        body = {"apiVersion": API_VERSION, "kind": KIND, "metadata": {"name": name}, "spec": spec}
+        more = {"dry_run": "All"} if dry_run else {}
+        try:
+            stored = self.objects.create_namespaced_custom_object(
+                GROUP, API_VERSION.partition("/")[2], NAMESPACE, PLURAL, body, field_validation="Strict", **more
+            )
+        except client.ApiException as error:
+            if error.status not in {400, 422}:
+                raise
+            return Answer(None, json.loads(error.body or "")["message"])
+        return Answer(stored)
+
+
+@pytest.fixture(scope="module")
+def server(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    with config.new_client_from_config(config_file=str(cluster.kubeconfig)) as api:  # type: ignore[no-untyped-call]
+        installed = Server(cluster, api, tmp_path_factory.mktemp("kubectl"))
+        installed.kubectl("apply", "--server-side", "--force-conflicts", "--field-manager=test", "-f", str(FILE))
+        installed.kubectl("wait", "--for=condition=Established", "--timeout=30s", "-f", str(FILE))
+        core: Any = client.CoreV1Api(api)
+        if NAMESPACE not in {item.metadata.name for item in core.list_namespace().items}:
+            core.create_namespace({"metadata": {"name": NAMESPACE}})
+        # Established comes before discovery and OpenAPI know the kind.
+        deadline = time.monotonic() + 30
+        while installed.run("explain", "svllm.spec").returncode:
+            assert time.monotonic() < deadline, "the API server does not serve the kind"
+            time.sleep(0.2)
+        yield installed
+
+
+def judge(spec: dict[str, Any], name: str = "x") -> tuple[Problem, ...]:
+    try:
+        parse(name, spec)
+    except SpecError as error:
+        return error.problems
+    return ()
+
+
+# ------------------------------------------------------------------------------------------------ accepted, explained
+
+
+def test_the_definition_is_accepted_without_a_complaint(server: Server) -> None:
+    conditions = {condition.type: condition.status for condition in server.definition().status.conditions}
+    assert (conditions["Established"], conditions["NamesAccepted"]) == ("True", "True")
+    assert "NonStructuralSchema" not in conditions
+
+
+def test_applying_it_again_changes_nothing(server: Server) -> None:
+    """What we send is what the API server keeps, defaults included: GitOps tools would show every difference."""
+    before = server.definition().metadata.resource_version
+    server.kubectl("apply", "--server-side", "--field-manager=test", "-f", str(FILE))
+    assert server.definition().metadata.resource_version == before
+
+
+@pytest.mark.parametrize(
+    ("path", "expected"),
+    [
+        ("svllm", "A vLLM service"),
+        ("svllm.spec.gateway.routes", "Which routes of vLLM clients may use"),
+        ("svllm.spec.gateway.routes.profiles", "Sets of routes by use"),
+        ("svllm.spec.engine.args", "exact names of the allowlist"),
+        ("svllm.status.conditions", "meta/v1 Condition"),
+    ],
+)
+def test_kubectl_explains(server: Server, path: str, expected: str) -> None:
+    assert expected in " ".join(server.kubectl("explain", path).split())
+
+
+def test_columns_names_and_scale_work_for_a_person(server: Server) -> None:
+    created = server.create(SPEC, name="llama", dry_run=False)
+    assert created.stored, created.message
+    assert created.stored["spec"]["replicas"] == 1
+    condition = {"status": "True", "reason": "Test", "message": "", "lastTransitionTime": "2026-01-01T00:00:00Z"}
+    status = {
+        "replicas": 2,
+        "selector": "a=b",
+        "url": "https://llama-gateway:8443",
+        "conditions": [{"type": "Ready", **condition}, {"type": "Isolated", **condition, "status": "Unknown"}],
+    }
+    try:
+        patch = json.dumps({"status": status})
+        server.kubectl("patch", "svllm", "llama", "--subresource=status", "--type=merge", f"-p={patch}")
+        header, row = server.kubectl("get", "svllm").splitlines()
+        assert header.split() == ["NAME", "READY", "ISOLATED", "REPLICAS", "MODEL", "URL", "AGE"]
+        assert row.split()[:-1] == ["llama", "True", "Unknown", "2", "owner/model", "https://llama-gateway:8443"]
+        assert "llama" in server.kubectl("get", "vllm", "-o", "name")
+        assert "llama" not in server.kubectl("get", "all", "-o", "name")
+        server.kubectl("scale", "svllm/llama", "--replicas=3")
+        scale = json.loads(server.kubectl("get", "svllm", "llama", "--subresource=scale", "-o", "json"))
+        assert scale["spec"]["replicas"] == 3
+        assert scale["status"] == {"replicas": 2, "selector": "a=b"}
+    finally:
+        server.kubectl("delete", "svllm", "llama")
+
+
+def test_the_status_of_a_create_is_dropped(server: Server) -> None:
+    """A user cannot claim `Isolated=True`: the status subresource takes it out of everything but status updates."""
+    body = {
+        "apiVersion": API_VERSION,
+        "kind": KIND,
+        "metadata": {"name": "claims"},
+        "spec": SPEC,
+        "status": {"url": "https://elsewhere"},
+    }
+    stored = server.objects.create_namespaced_custom_object(
+        GROUP, "v1alpha1", NAMESPACE, PLURAL, body, dry_run="All", field_validation="Strict"
+    )
+    assert "status" not in stored
+
+
+# ------------------------------------------------------------------------------------------------------------- CEL
+
+
+def merged(base: Mapping[str, Any], patch: Mapping[str, Any]) -> dict[str, Any]:
+    """Give RFC 7386 JSON merge patch of two objects."""
+    out = dict(base)
+    for key, value in patch.items():
+        if value is None:
+            out.pop(key, None)
+        elif isinstance(value, Mapping) and isinstance(out.get(key), Mapping):
+            out[key] = merged(out[key], value)
+        else:
+            out[key] = value
+    return out
+
+
+KEYS = "a key has at most 317 characters"
+# beginning of the rule's message -> (a patch that is accepted, a patch that is refused); rules about names: the names
+RULES: dict[str, tuple[Any, Any]] = {
+    "metadata.name is at most 40 characters": ("n" * 40, "n" * 41),
+    "metadata.name begins with a letter and has no dots": ("a-1", "a.b"),
+    "replicas is not used beside disaggregation": (
+        {"disaggregation": {"connector": "nixl"}, "replicas": 1},
+        {"disaggregation": {"connector": "nixl"}, "replicas": 2},
+    ),
+    "model.source is required unless model.name is an absolute path": (
+        {"model": {"name": "/models/a", "source": None}},
+        {"model": {"source": None}},
+    ),
+    "gateway.service.type LoadBalancer and NodePort need gateway.clients.cidrs": (
+        {"gateway": {"service": {"type": "LoadBalancer"}, "clients": {"cidrs": ["203.0.113.0/24"]}}},
+        {"gateway": {"service": {"type": "NodePort"}}},
+    ),
+    "exactly one of huggingFace, persistentVolumeClaim and image": (
+        {"model": {"source": {"huggingFace": None, "persistentVolumeClaim": {"claimName": "weights"}}}},
+        {"model": {"source": {"persistentVolumeClaim": {"claimName": "weights"}}}},
+    ),
+    "at most one of apiKeys, jwt, mtls and none": (
+        {"gateway": {"authentication": {"none": f"I accept this, {WHY}"}}},
+        {"gateway": {"authentication": {"none": f"I accept this, {WHY}", "jwt": {}}}},
+    ),
+    "at most one of secretName and disabled": (
+        {"gateway": {"tls": {"disabled": WHY}}},
+        {"gateway": {"tls": {"disabled": WHY, "secretName": "a"}}},
+    ),
+    KEYS: ({"engine": {"nodeSelector": {"example.com/a": "b"}}}, {"engine": {"nodeSelector": {"a/b/c": "d"}}}),
+}
+
+
+def all_rules() -> set[str]:
+    return {entry["message"] for _, node in nodes(ROOT_SCHEMA) for entry in node.get("x-kubernetes-validations", ())}
+
+
+def test_every_rule_of_the_schema_has_its_two_objects() -> None:
+    rules = all_rules()
+    assert not [rule for rule in rules if not any(rule.startswith(begin) for begin in RULES)], "add it to RULES"
+    assert not [begin for begin in RULES if not any(rule.startswith(begin) for rule in rules)], "gone from the schema"
+
+
+@pytest.mark.parametrize("message", RULES)
+def test_a_rule_accepts_and_refuses(server: Server, message: str) -> None:
+    right, wrong = RULES[message]
+    if isinstance(right, str):
+        accepted, refused = server.create(SPEC, name=right), server.create(SPEC, name=wrong)
+        assert judge(SPEC, name=wrong), "the parser is looser"
+    else:
+        accepted, refused = server.create(merged(SPEC, right)), server.create(merged(SPEC, wrong))
+    assert accepted.stored, accepted.message
+    assert message in refused.message
+
+
+# ------------------------------------------------------------------------------------- the API server and the parser
+
+# (reason, pattern of the rule) -> why the schema does not say it
+STRICTER: dict[tuple[str, str], str] = {
+    ("NotSupportedYet", "this release does not support it"): "the schema is that of the API version, not of a release",
+    ("ResourceRefused", "this extended resource may bring a network"): "the list of GPUs grows without a new CRD",
+    ("VariableRefused", "only names of the allowlist"): "catalogue",
+    ("ArgumentRefused", "only exact names of the allowlist"): "catalogue",
+    ("ArgumentRefused", "the operator sets this flag"): "catalogue",
+    ("ArgumentRefused", "this flag needs a value of kind"): "catalogue",
+    ("ArgumentRefused", "this flag takes no value"): "catalogue",
+    ("ArgumentRefused", "a flag may stand only once"): "the list is atomic: one flag has many spellings of its value",
+    ("AnnotationRefused", "annotations can add interfaces and sidecars"): "allowlist that grows without a new CRD",
+    ("AnnotationRefused", "an annotation can publish the Service elsewhere"): "allowlist that grows without a new CRD",
+    ("LabelRefused", "labels of Kubernetes, of meshes and of this operator"): "list that grows without a new CRD",
+    ("RouteUnknown", r"vLLM \S+ has no such route"): "catalogue of the image's version",
+    ("RouteForbidden", r"this route \(.*\) is never opened"): "catalogue of the image's version",
+    ("VersionUnreadable", "the tag does not say which vLLM version"): "vllmVersion may say it; needs the catalogue",
+    ("VersionUnknown", "the catalogue ends at"): "catalogue",
+    ("VersionBelowFloor", r"vLLM before \S+ has known holes"): "catalogue",
+    ("EgressRefused", "nobody is named"): "an empty Peers is right for clients, where it means the own namespace",
+    ("EgressRefused", "private, link-local and shared ranges"): "address arithmetic",
+    ("InvalidSpec", "does not appear to be an IPv4 or IPv6 network"): "address arithmetic",
+    ("InvalidSpec", "has host bits set"): "address arithmetic",
+    ("InvalidSpec", "not a quantity"): "int-or-string has no type, so no pattern can exclude what else it may hold",
+    ("InvalidSpec", "between 1Ki and 2Gi"): "arithmetic with quantities",
+    ("InvalidSpec", r"tensor x pipeline needs \d+ GPUs"): "arithmetic over two fields and the list of GPUs",
+    ("InvalidSpec", "one kind of GPU per pod"): "the list of GPUs grows without a new CRD",
+    ("InvalidSpec", r"'\.\.' and '//' are not allowed"): "RE2 has no look-around",
+    ("InvalidSpec", r"'\.\.' is not allowed"): "RE2 has no look-around",
+    ("InvalidSpec", "a hub knows models as owner/name"): "depends on the source",
+    ("StorageNotShared", "replicas on several nodes cannot mount"): "depends on source, storage and replicas",
+    ("PortConflict", "would listen on the same port"): "absent ports have defaults of the catalogue",
+}
+
+# part of what the API server says -> what the parser lacks. Empty when it lacks nothing; unused lines fail.
+LOOSER: dict[str, str] = {
+    "at most one of": "checks of gateway.authentication and gateway.tls",
+    "Too many": "schema.size_problems",
+    "Duplicate value": "schema.size_problems",
+}
+
+# What the systematic mutations below do not reach.
+BEYOND: list[dict[str, Any]] = [
+    {"image": "vllm/vllm-openai:v99.0.0"},
+    {"image": "vllm/vllm-openai:v0.1.0"},
+    {"engine": {"args": ["--port=1"]}},
+    {"engine": {"args": ["--enforce-eager=1"]}},
+    {"engine": {"args": ["--max-model-len=many"]}},
+    {"engine": {"resources": {"limits": {"nvidia.com/gpu": 3}}}},
+    {"engine": {"resources": {"limits": {"nvidia.com/gpu": 1, "amd.com/gpu": 1}}}},
+    {"gateway": {"routes": {"allow": [{"method": "POST", "path": "/pause"}]}}},
+    {"model": {"source": {"huggingFace": None, "persistentVolumeClaim": {"claimName": "a", "path": "a/../b"}}}},
+    {"ports": {"api": 29501}},
+]
+
+
+def disagreements(server: Server, spec: Any) -> Iterator[tuple[str, str]]:
+    """Give (`looser`, line of LOOSER) or (`stricter`, line of STRICTER); anything unknown fails at once."""
+    answer = server.create(spec)
+    if answer.stored is None:
+        if isinstance(spec, dict) and not judge(spec):
+            known = [part for part in LOOSER if part in answer.message]
+            assert known, f"the parser accepts what the API server refuses: {answer.message}"
+            yield "looser", known[0]
+        return
+    # The parser judges what is stored: nulls are gone by then, and defaults are set.
+    for problem in judge(answer.stored["spec"]):
+        named = [key for key in STRICTER if key[0] == problem.reason and re.search(key[1], problem.rule)]
+        assert named, (
+            f"the schema accepts, the parser refuses: {problem}; name it in STRICTER or put it into the schema"
+        )
+        yield "stricter", str(named[0])
+
+
+def test_the_parser_is_never_looser_than_the_api_server_and_stricter_only_as_named(server: Server) -> None:
+    """Every field of the schema with some twenty values each, one at a time, about 6000 specs."""
+    specs = [with_value(SPEC, SPEC_SCHEMA, path, value) for path, value in mutations(SPEC_SCHEMA)]
+    specs += [merged(SPEC, patch) for patch in BEYOND]
+    found = Counter(disagreement for spec in specs for disagreement in disagreements(server, spec))
+    unused = {*map(str, STRICTER), *LOOSER} - {line for _, line in found}
+    assert not unused, "nothing shows these rules: remove the lines from STRICTER and LOOSER, or add a spec to BEYOND"
+
+
+MUTATIONS = list(mutations(SPEC_SCHEMA))
+
+
+@settings(
+    max_examples=300, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(st.lists(st.integers(0, len(MUTATIONS) - 1), min_size=2, max_size=4))
+def test_they_agree_on_combinations(server: Server, chosen: list[int]) -> None:
+    spec: Any = SPEC
+    for number in chosen:
+        path, value = MUTATIONS[number]
+        if path and isinstance(spec, dict):
+            try:
+                spec = with_value(spec, SPEC_SCHEMA, path, value)
+            except (AttributeError, TypeError):
+                continue  # an earlier mutation put something else where this one needs a parent
+    list(disagreements(server, spec))  # fails on an unknown one
+
+
+def test_what_is_accepted_is_stored_as_it_was_written(server: Server) -> None:
+    """Nothing is pruned, nothing but the two replica counts is added: GitOps tools see no drift."""
+    affinity: dict[str, Any] = {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": []}}
+    written = merged(SPEC, {"gateway": {"routes": {"profiles": ["chat"]}}, "engine": {"affinity": affinity}})
+    answer = server.create(written)
+    assert answer.stored, answer.message
+    assert answer.stored["spec"] == merged(written, {"gateway": {"replicas": 2}})
