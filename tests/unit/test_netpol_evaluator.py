@@ -403,32 +403,32 @@ def test_isolation_is_told_for_each_direction() -> None:
     assert not asked.isolated(POD["a/agent"], "Ingress")
 
 
-@pytest.mark.parametrize(
-    ("spec", "message"),
-    [
-        (ingress({"from": [{}]}), r"a/p0 ingress\[0\]\.from\[0\]: must specify a peer"),
-        (ingress({"from": [{"podSelector": None}]}), "must specify a peer"),
-        (ingress({"from": [{"ipBlock": {"cidr": "10.0.0.0/8"}, "podSelector": ALL}]}), "may not stand beside"),
-        (ingress({"to": []}), "unknown field 'to'"),
-        (ingress({"from": [{"ipBlock": {"cidr": "10.0.0.1"}}]}), "is not a CIDR"),
-        (ingress({"from": [{"ipBlock": {"cidr": "10.0.0.0/33"}}]}), r"ipBlock\.cidr"),
-        (ingress({"from": [{"ipBlock": {"cidr": "10.0.0.0/8", "except": ["11.0.0.0/16"]}}]}), "strict subset"),
-        (ingress({"from": [{"ipBlock": {"cidr": "10.0.0.0/8", "except": ["10.0.0.0/8"]}}]}), "strict subset"),
-        (ingress({"from": [{"ipBlock": {"cidr": "10.0.0.0/8", "except": ["fd00::/16"]}}]}), "strict subset"),
-        (ingress({"ports": [{"port": 0}]}), "within 1..65535"),
-        (ingress({"ports": tcp(65536)}), "within 1..65535"),
-        (ingress({"ports": tcp(10, endPort=9)}), "range of ports"),
-        (ingress({"ports": tcp("http", endPort=9)}), "named port"),
-        (ingress({"ports": [{"endPort": 9}]}), "numeric port"),
-        (ingress({"ports": [{"protocol": "ICMP"}]}), "'ICMP' is not one of"),
-        ({"podSelector": ALL, "policyTypes": ["Both"]}, "neither Ingress nor Egress"),
-        ({"podSelector": ALL, "Ingress": []}, "unknown field 'Ingress'"),
-        (from_pods("In", "app"), "needs at least one value"),
-        (from_pods("Exists", "app", "x"), "takes no values"),
-        (from_pods("Gt", "app", "1"), "'Gt' is not one of"),
-        (from_pods("Exists", ""), "key: is required"),
-    ],
-)
+INVALID: list[tuple[dict[str, Any], str]] = [
+    (ingress({"from": [{}]}), r"a/p0 ingress\[0\]\.from\[0\]: must specify a peer"),
+    (ingress({"from": [{"podSelector": None}]}), "must specify a peer"),
+    (ingress({"from": [{"ipBlock": {"cidr": "10.0.0.0/8"}, "podSelector": ALL}]}), "may not stand beside"),
+    (ingress({"to": []}), "unknown field 'to'"),
+    (ingress({"from": [{"ipBlock": {"cidr": "10.0.0.1"}}]}), "is not a CIDR"),
+    (ingress({"from": [{"ipBlock": {"cidr": "10.0.0.0/33"}}]}), r"ipBlock\.cidr"),
+    (ingress({"from": [{"ipBlock": {"cidr": "10.0.0.0/8", "except": ["11.0.0.0/16"]}}]}), "strict subset"),
+    (ingress({"from": [{"ipBlock": {"cidr": "10.0.0.0/8", "except": ["10.0.0.0/8"]}}]}), "strict subset"),
+    (ingress({"from": [{"ipBlock": {"cidr": "10.0.0.0/8", "except": ["fd00::/16"]}}]}), "strict subset"),
+    (ingress({"ports": [{"port": 0}]}), "within 1..65535"),
+    (ingress({"ports": tcp(65536)}), "within 1..65535"),
+    (ingress({"ports": tcp(10, endPort=9)}), "range of ports"),
+    (ingress({"ports": tcp("http", endPort=9)}), "named port"),
+    (ingress({"ports": [{"endPort": 9}]}), "numeric port"),
+    (ingress({"ports": [{"protocol": "ICMP"}]}), "'ICMP' is not one of"),
+    ({"podSelector": ALL, "policyTypes": ["Both"]}, "neither Ingress nor Egress"),
+    ({"podSelector": ALL, "Ingress": []}, "unknown field 'Ingress'"),
+    (from_pods("In", "app"), "needs at least one value"),
+    (from_pods("Exists", "app", "x"), "takes no values"),
+    (from_pods("Gt", "app", "1"), "'Gt' is not one of"),
+    (from_pods("Exists", ""), "key: is required"),
+]
+
+
+@pytest.mark.parametrize(("spec", "message"), INVALID)
 def test_a_policy_that_the_api_server_refuses_is_refused(spec: Mapping[str, Any], message: str) -> None:
     with pytest.raises(InvalidPolicyError, match=message):
         evaluator(policies(spec))

@@ -31,7 +31,11 @@ FORBIDDEN: list[tuple[str, Path, Any]] = [
     ("spec.hostPID", ("spec", "hostPID"), True),
     ("spec.hostIPC", ("spec", "hostIPC"), True),
     ("spec.volumes[0]", ("spec", "volumes"), [{"name": "v", "hostPath": {"path": "/"}}]),
-    ("spec.volumes[1]", ("spec", "volumes"), [{"name": "v", "emptyDir": {}}, {"name": "n", "nfs": {"path": "/"}}]),
+    (
+        "spec.volumes[1]",
+        ("spec", "volumes"),
+        [{"name": "v", "emptyDir": {}}, {"name": "n", "nfs": {"path": "/", "server": "s"}}],
+    ),
     ("spec.securityContext.sysctls[0]", (*PS, "sysctls"), [{"name": "kernel.msgmax", "value": "1"}]),
     ("spec.securityContext.runAsUser", (*PS, "runAsUser"), 0),
     ("spec.securityContext.seccompProfile.type", (*PS, "seccompProfile"), {"type": "Unconfined"}),
