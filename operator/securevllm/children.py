@@ -32,22 +32,22 @@ _CONTEST_PAUSE = 60.0
 
 
 class Cache(Protocol):
-    """Objects as the watches last told. A hint: a deletion in a watch gap is never told."""
+    """Objects as the watches last told (``store.Store``). A hint: a deletion in a watch gap is told late."""
 
     def get(self, ref: Ref) -> KubeObject | None:
         """The object, or None when it was never seen or is gone."""
 
-    def owned(self, uid: str) -> Sequence[KubeObject]:
+    def indexed(self, word: str) -> Sequence[KubeObject]:
         """Objects whose controller is the owner with this uid."""
 
-    def of_kind(self, kind: Kind, namespace: str) -> Sequence[KubeObject]:
-        """Objects of a kind in a namespace."""
+    def all(self, kind: Kind, namespace: str | None = None) -> Sequence[KubeObject]:
+        """Objects of a kind, of one namespace when it is given."""
 
-    def put(self, obj: KubeObject) -> None:
+    def put(self, obj: KubeObject) -> object:
         """Take the answer to an own write, unless a newer state is known."""
 
-    def remove(self, ref: Ref) -> None:
-        """The object was seen to be gone."""
+    def forget(self, ref: Ref) -> None:
+        """What is known of the object is old: the next look goes to the API server."""
 
 
 @dataclass
@@ -136,7 +136,7 @@ class Children:
         try:
             live = await self._kubernetes.replace(drift.replacement(obj, live))
         except (Conflict, NotFound):
-            self._cache.remove(ref)  # what we know is old: look again in the next pass
+            self._cache.forget(ref)  # what we know is old: look again in the next pass
             raise
         memory.settled = drift.footprint(live)
         self._cache.put(live)
@@ -219,7 +219,7 @@ class Children:
 
     async def prune(self, uid: str, keep: set[Ref]) -> Outcome:
         """Delete children of this owner that are no longer rendered."""
-        stale = [obj for obj in self._cache.owned(uid) if Ref.of(obj) not in keep]
+        stale = [obj for obj in self._cache.indexed(uid) if Ref.of(obj) not in keep]
         failures = {}
         for obj in stale:
             ref = Ref.of(obj)
@@ -232,7 +232,7 @@ class Children:
                 raise
             except ApiError as error:
                 failures[f"prune/{ref.kind.kind} {ref.name}"] = str(error)
-            self._cache.remove(ref)
+            self._cache.forget(ref)
             self._memory.pop(ref, None)
         return Outcome(failures, retry=bool(failures))
 

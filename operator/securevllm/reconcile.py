@@ -28,6 +28,7 @@ from securevllm.api.parse import Accepted, parse
 from securevllm.children import Cache, Children, Outcome
 from securevllm.errors import ApiError, Conflict, Forbidden, ForeignObject, NotFound, OperatorError, Problem, SpecError
 from securevllm.gateways import Gateways, Pod
+from securevllm.log import register_secret
 from securevllm.render import Generated, Made, Observed, Rendered, accepted, engine, fetch, gateway, generated, keys
 from securevllm.render import render as render_resource
 from securevllm.render.meta import DENY_NAME, RESOURCE_LABEL, RESTART_ANNOTATION, Object, Owner, stamp
@@ -134,7 +135,7 @@ class Reconciler:
             return await self._reconcile(key, resource)
         except (Conflict, NotFound) as error:
             # The object moved under us (or was recreated): what the cache holds is old.
-            self._cache.remove(ref)
+            self._cache.forget(ref)
             log.info("state is old, looking again", error=str(error))
             return _RETRY / 4
 
@@ -153,7 +154,7 @@ class Reconciler:
             generation=metadata.get("generation", 0),
             problems=problems,
             fallback=bool(problems) and wanted is not None,
-            lost=bool(problems) and wanted is None and bool(self._cache.owned(owner.uid)),
+            lost=bool(problems) and wanted is None and bool(self._cache.indexed(owner.uid)),
         )
         if wanted is None:
             await self._report(resource, facts)
@@ -227,10 +228,14 @@ class Reconciler:
             deny = await self._children.bring([stamp(default_deny(owner.namespace))], None, prefix="isolation/")
             made, failures = await self._make(owner, wanted)
             if Made.ENGINE_KEY in made:
-                seal_key = _decode(made[Made.ENGINE_KEY]["data"])[engine.SEAL]
+                secret = _decode(made[Made.ENGINE_KEY]["data"])
+                seal_key = secret[engine.SEAL]
+                register_secret(secret[engine.KEY].decode())
             judged, missing = _NO_KEYS
             if not failures:
                 judged, missing = await self._client_keys(owner, wanted, made)
+            for client in judged.keys:
+                register_secret(client.key)
             job = self._job(owner, wanted)
             annotations = resource["metadata"].get("annotations", {})
             rendered = render_resource(
@@ -334,7 +339,7 @@ class Reconciler:
         key = Key(owner.namespace, owner.name)
         pods = [
             pod
-            for pod in self._cache.of_kind(POD, owner.namespace)
+            for pod in self._cache.all(POD, owner.namespace)
             if owner.selector(gateway.ROLE).items() <= pod["metadata"].get("labels", {}).items()
             and pod.get("status", {}).get("podIP")
             and pod["status"].get("phase") == "Running"
@@ -370,7 +375,7 @@ class Reconciler:
         try:
             self._cache.put(await self._kubernetes.patch(Ref.of(pod), body))
         except (NotFound, Conflict):
-            self._cache.remove(Ref.of(pod))
+            self._cache.forget(Ref.of(pod))
         except Forbidden as error:
             log.warning(
                 "gateway pod not nudged, kubelet takes up to 80 s", pod=pod["metadata"]["name"], error=str(error)
@@ -408,31 +413,30 @@ class Reconciler:
         return await self._tidy(key.namespace)
 
     async def _tidy(self, namespace: str) -> float | None:
-        """Remove the namespace's default-deny once a live look shows no resource and no pod of one (I2)."""
-        ref = Ref(NETWORK_POLICY, namespace, DENY_NAME)
+        """Keep the namespace's default-deny while anybody needs it, then remove it (I2)."""
         async with self._lock(namespace):
-            if self._users.get(namespace):
+            if self._users[namespace]:
                 return _DENY_RETRY
-            if self._cache.of_kind(SECURE_VLLM_DEPLOYMENT, namespace):
+            if self._cache.all(SECURE_VLLM_DEPLOYMENT, namespace):
                 await self._children.bring([stamp(default_deny(namespace))], None)
                 return None
-            deny = self._cache.get(ref)
-            if deny is None:
-                return None
-            if (await self._kubernetes.list(SECURE_VLLM_DEPLOYMENT, namespace)).items:
-                await self._children.bring([stamp(default_deny(namespace))], None)
-                return None
-            if (await self._kubernetes.list(POD, namespace, RESOURCE_LABEL)).items:
-                return _DENY_RETRY
-            try:
-                await self._kubernetes.delete(
-                    ref, uid=deny["metadata"]["uid"], resource_version=deny["metadata"]["resourceVersion"]
-                )
-            except Conflict:
-                return _DENY_RETRY
-            self._cache.remove(ref)
-            log.info("default-deny removed: no resource and no pod is left", namespace=namespace)
-            return None
+            deny = self._cache.get(Ref(NETWORK_POLICY, namespace, DENY_NAME))
+            return await self._remove_deny(namespace, deny) if deny is not None else None
+
+    async def _remove_deny(self, namespace: str, deny: KubeObject) -> float | None:
+        """Only a live look counts: the cache may not have seen a resource or a pod that was just made."""
+        if (await self._kubernetes.list(SECURE_VLLM_DEPLOYMENT, namespace)).items:
+            return _DENY_RETRY
+        if (await self._kubernetes.list(POD, namespace, RESOURCE_LABEL)).items:
+            return _DENY_RETRY
+        ref, metadata = Ref.of(deny), deny["metadata"]
+        try:
+            await self._kubernetes.delete(ref, uid=metadata["uid"], resource_version=metadata["resourceVersion"])
+        except Conflict:
+            return _DENY_RETRY
+        self._cache.forget(ref)
+        log.info("default-deny removed: no resource and no pod is left", namespace=namespace)
+        return None
 
     def _lock(self, namespace: str) -> asyncio.Lock:
         return self._locks.setdefault(namespace, asyncio.Lock())

@@ -22,6 +22,9 @@ HASH_ANNOTATION = f"{api.GROUP}/rendered"
 RESTART_ANNOTATION = f"{api.GROUP}/restart-at"
 """A user writes it on the resource; the engines restart when it changes."""
 
+SECRET_LABEL = f"{api.GROUP}/secret"
+"""On every Secret that is watched: the operator's own, and those of users that want a change noticed at once."""
+
 DENY_NAME = "securevllm-default-deny"
 
 
@@ -67,13 +70,14 @@ class Owner:
 
     def object(self, api_version: str, kind: str, suffix: str, component: str, **body: Any) -> Object:
         """A child with its metadata; ``body`` holds the top-level fields."""
+        watched = {SECRET_LABEL: suffix} if kind == "Secret" else {}
         return {
             "apiVersion": api_version,
             "kind": kind,
             "metadata": {
                 "name": self.child(suffix),
                 "namespace": self.namespace,
-                "labels": self.labels(component),
+                "labels": self.labels(component) | watched,
                 "ownerReferences": [self.reference()],
             },
             **body,

@@ -1,0 +1,7 @@
+"""``python -m securevllm``."""
+
+from __future__ import annotations
+
+from securevllm.cli import main
+
+main()

@@ -1,0 +1,240 @@
+"""The command line. Exit codes: 0 done, 1 it failed, 2 wrong usage or wrong input.
+
+Imports of the edges are inside the commands: ``securevllm render`` in a pipeline must not pay for a client and a
+watcher that it does not use.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TextIO
+
+import click
+import yaml
+
+from securevllm import __version__, catalogue
+from securevllm.api import types as api
+from securevllm.errors import OperatorError, SpecError
+
+_OUTPUT = click.option(
+    "-o", "--output", type=click.Choice(["yaml", "json"]), default="yaml", show_default=True, help="Output format."
+)
+_WRONG_INPUT = 2
+_NO_UID = "00000000-0000-0000-0000-000000000000"
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+def main() -> None:
+    r"""Run vLLM on Kubernetes behind an exact route allowlist and isolated networks.
+
+    \b
+    A first look, without a cluster:
+        securevllm render -f manifests/samples/quickstart.yaml
+    In a cluster the operator is installed with:
+        kubectl apply -k manifests/install
+    """
+
+
+@main.command()
+def version() -> None:
+    """Print the versions of the operator and of the vLLM that its catalogue describes."""
+    click.echo(f"secure-vllm-operator {__version__} (vLLM {catalogue.floor()} to {catalogue.newest()})")
+
+
+@main.command()
+@_OUTPUT
+def crd(output: str) -> None:
+    """Print the CustomResourceDefinition, as crds/ holds it."""
+    from securevllm.api.crd import crd as definition  # noqa: PLC0415 - see the module's docstring
+
+    _print([definition()], output)
+
+
+@main.command()
+@click.option("-f", "--filename", type=click.File("r"), required=True, help="Manifest with resources; - is stdin.")
+@click.option("-n", "--namespace", default="default", show_default=True, help="For resources that name none.")
+@click.option("--uid", default=_NO_UID, show_default=True, help="UID of the resource: part of the pods' labels.")
+@click.option("--cluster-domain", default="cluster.local", show_default=True, help="Suffix of service names.")
+@_OUTPUT
+def render(filename: TextIO, namespace: str, uid: str, cluster_domain: str, output: str) -> None:
+    r"""Print every object that the operator would apply, without a cluster.
+
+    \b
+    Secrets with generated content are printed without it. The model counts as downloaded.
+        securevllm render -f manifests/samples/quickstart.yaml
+        cat my.yaml | securevllm render -f - -o json | jq .kind
+    """
+    from securevllm.context import Context  # noqa: PLC0415 - see the module's docstring
+
+    context = replace(Context(), cluster_domain=cluster_domain)
+    printed: list[dict[str, Any]] = []
+    failed = False
+    for document in _resources(filename):
+        metadata = document.get("metadata") or {}
+        name = str(metadata.get("name", ""))
+        try:
+            printed += _rendered(document, str(metadata.get("namespace") or namespace), uid, context)
+        except SpecError as error:
+            failed = True
+            for problem in error.problems:
+                click.echo(f"{filename.name}: {name or '(no name)'}: {problem.reason}: {problem}", err=True)
+    _print(printed, output)
+    if failed:
+        sys.exit(_WRONG_INPUT)
+
+
+def _rendered(document: dict[str, Any], namespace: str, uid: str, context: Any) -> Iterator[dict[str, Any]]:
+    from securevllm.api.parse import parse  # noqa: PLC0415 - see the module's docstring
+    from securevllm.render import Observed, fetch  # noqa: PLC0415 - see the module's docstring
+    from securevllm.render import render as render_resource  # noqa: PLC0415 - see the module's docstring
+    from securevllm.render.meta import Owner  # noqa: PLC0415 - see the module's docstring
+
+    metadata = document.get("metadata") or {}
+    owner = Owner(str(metadata.get("name", "")), namespace, uid)
+    accepted = parse(owner.name, document.get("spec") or {})
+    fetched = frozenset([fetch.job_name(owner, accepted.spec)])
+    rendered = render_resource(owner, accepted, context, Observed(fetched=fetched))
+    yield rendered.deny
+    yield from rendered.isolation
+    yield from (item.object for item in rendered.generated)
+    yield from (*rendered.configuration, *rendered.workloads)
+
+
+def _resources(stream: TextIO) -> Iterator[dict[str, Any]]:
+    """The SecureVLLMDeployments of a manifest; anything else is wrong input."""
+    try:
+        documents = [document for document in yaml.safe_load_all(stream) if document is not None]
+    except yaml.YAMLError as error:
+        _wrong(f"{stream.name} is not YAML: {error}")
+    if not documents:
+        _wrong(f"{stream.name} holds no object")
+    for document in documents:
+        if not isinstance(document, dict):
+            _wrong(f"{stream.name} holds {type(document).__name__}, not a Kubernetes object")
+        if (document.get("apiVersion"), document.get("kind")) != (api.API_VERSION, api.KIND):
+            _wrong(
+                f"{stream.name} holds {document.get('apiVersion')} {document.get('kind')}; this command takes"
+                f" {api.API_VERSION} {api.KIND}"
+            )
+        yield document
+
+
+def _wrong(message: str) -> Any:
+    click.echo(f"securevllm: {message}", err=True)
+    sys.exit(_WRONG_INPUT)
+
+
+def _print(objects: Sequence[dict[str, Any]], output: str) -> None:
+    if output == "json":
+        for item in objects:
+            click.echo(json.dumps(item))
+    elif objects:
+        click.echo(yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=120), nl=False)
+
+
+class _Dumper(yaml.SafeDumper):
+    """Block style for texts with lines, no anchors: a person reads it."""
+
+    def ignore_aliases(self, _data: Any) -> bool:
+        return True
+
+
+def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
+    return dumper.represent_scalar("tag:yaml.org,2002:str", value, style="|" if "\n" in value else None)
+
+
+_Dumper.add_representer(str, _text)
+
+
+@main.command()
+@click.option(
+    "--namespace",
+    "watch_namespace",
+    envvar="SECUREVLLM_WATCH_NAMESPACE",
+    help="Watch this namespace only; a Role is enough. Default: all namespaces.",
+)
+@click.option(
+    "--operator-namespace",
+    envvar="POD_NAMESPACE",
+    default="secure-vllm-operator",
+    show_default=True,
+    help="Where the operator itself runs; its Lease is there.",
+)
+@click.option(
+    "--identity",
+    envvar="POD_NAME",
+    default=None,
+    help="Name among the candidates for the Lease. Default: host and pid.",
+)
+@click.option(
+    "--kubeconfig",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Outside of a cluster. $KUBECONFIG is never read. Default: the pod's service account.",
+)
+@click.option("--http-host", default="0.0.0.0", show_default=True, help="Address of health and metrics.")  # noqa: S104
+@click.option("--http-port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Their port.")
+@click.option("--workers", default=8, show_default=True, type=click.IntRange(1, 64), help="Resources at once.")
+@click.option("--cluster-domain", default="cluster.local", show_default=True, help="Suffix of service names.")
+@click.option(
+    "--cluster-range", multiple=True, help="Pod, service or node range, carved out of every egress; repeatable."
+)
+@click.option(
+    "--dns-port", default=53, show_default=True, help="Port on which the DNS servers listen (5353: OpenShift)."
+)
+@click.option("--gateway-image", envvar="SECUREVLLM_GATEWAY_IMAGE", help="Envoy image of the gateways.")
+@click.option("--resync", default=600.0, show_default=True, help="Seconds between two full lists.")
+@click.option("--log-format", type=click.Choice(["json", "console"]), default="json", show_default=True)
+@click.option("--log-level", type=click.Choice(["DEBUG", "INFO", "WARNING"]), default="INFO", show_default=True)
+def run(
+    watch_namespace: str | None,
+    operator_namespace: str,
+    identity: str | None,
+    kubeconfig: Path | None,
+    http_host: str,
+    http_port: int,
+    workers: int,
+    cluster_domain: str,
+    cluster_range: tuple[str, ...],
+    dns_port: int,
+    gateway_image: str | None,
+    resync: float,
+    log_format: Any,
+    log_level: str,
+) -> None:
+    """Run the operator until SIGTERM. Exit code 0: asked to stop; 1: it failed, or another one leads."""
+    from securevllm.context import Context, PodPeer, namespace  # noqa: PLC0415 - see the module's docstring
+    from securevllm.operator import run as run_operator  # noqa: PLC0415 - see the module's docstring
+    from securevllm.settings import Settings  # noqa: PLC0415 - see the module's docstring
+
+    default = Context()
+    settings = Settings(
+        namespace=operator_namespace,
+        identity=identity or f"{socket.gethostname()}-{os.getpid()}",
+        watch_namespace=watch_namespace,
+        kubeconfig=kubeconfig,
+        workers=workers,
+        http_host=http_host,
+        http_port=http_port,
+        log_format=log_format,
+        log_level=log_level,
+        resync_seconds=resync,
+        context=replace(
+            default,
+            operator=PodPeer(namespaces=namespace(operator_namespace), pods=default.operator.pods),
+            cluster_domain=cluster_domain,
+            cluster_ranges=cluster_range,
+            dns_port=dns_port,
+            gateway_image=gateway_image or default.gateway_image,
+        ),
+    )
+    try:
+        run_operator(settings)
+    except OperatorError as error:
+        click.echo(f"securevllm: {error}", err=True)
+        sys.exit(1)

@@ -1,0 +1,284 @@
+"""The operator process: who is created, in which order it starts, and how it stops.
+
+    Lease -> watches -> work queue -> reconcile
+
+A standby only tries for the Lease and answers probes. Whoever loses the Lease ends: no state of a leader survives
+into another term. SIGTERM: what runs may finish, the Lease is handed over, exit code 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import aiohttp
+import structlog
+
+from securevllm import __version__, log
+from securevllm.api import kinds
+from securevllm.api import types as api
+from securevllm.cluster import Kubernetes, Login, connect
+from securevllm.context import FIELD_MANAGER
+from securevllm.errors import OperatorError
+from securevllm.gateways import HttpGateways
+from securevllm.http import HttpServer
+from securevllm.leader import Elector, LeaseSettings, boot_clock
+from securevllm.metrics import Metrics
+from securevllm.reconcile import Key, Reconciler
+from securevllm.render.meta import DENY_NAME, MANAGED_BY, SECRET_LABEL
+from securevllm.store import Store, Watched
+from securevllm.watch import Watcher
+from securevllm.workqueue import WorkQueue
+
+if TYPE_CHECKING:
+    from securevllm.api.kinds import KubeObject
+    from securevllm.settings import Settings
+
+logger = structlog.stdlib.get_logger(__name__)
+
+_OURS = f"{MANAGED_BY}={FIELD_MANAGER}"
+_FINISH_SECONDS = 3.0
+_ABORT_SECONDS = 5.0
+_INSTANCE_LABEL = "app.kubernetes.io/instance"
+
+WATCHED = (
+    Watched(kinds.SECURE_VLLM_DEPLOYMENT),
+    # Repairs look at managedFields of what we apply.
+    *(
+        Watched(kind, _OURS)
+        for kind in (
+            kinds.NETWORK_POLICY,
+            kinds.DEPLOYMENT,
+            kinds.SERVICE,
+            kinds.CONFIG_MAP,
+            kinds.SERVICE_ACCOUNT,
+            kinds.POD_DISRUPTION_BUDGET,
+            kinds.JOB,
+            kinds.PERSISTENT_VOLUME_CLAIM,
+        )
+    ),
+    Watched(kinds.SECRET, SECRET_LABEL),
+    Watched(kinds.POD, _OURS, managed_fields=False),
+)
+"""What is watched, and by which label: never all objects of a namespace."""
+
+
+def controller_uids(obj: KubeObject) -> Iterator[str]:
+    """Uid of the controller of an object: the index of the store."""
+    for reference in obj["metadata"].get("ownerReferences", ()):
+        if reference.get("controller"):
+            yield reference["uid"]
+
+
+def keys_of(store: Store) -> Callable[[KubeObject], Iterator[Key]]:
+    """Which keys an object concerns."""
+
+    def keys(obj: KubeObject) -> Iterator[Key]:
+        metadata = obj["metadata"]
+        namespace, labels = metadata["namespace"], metadata.get("labels", {})
+        owners = [ref["name"] for ref in metadata.get("ownerReferences", ()) if ref["kind"] == api.KIND]
+        if obj["kind"] == api.KIND:
+            yield Key(namespace, metadata["name"])
+        elif owners:
+            yield from (Key(namespace, name) for name in owners)
+        elif obj["kind"] == kinds.POD.kind:
+            # A pod belongs to a ReplicaSet; the label is a hint, and a wrong one costs one idle reconcile.
+            yield Key(namespace, labels.get(_INSTANCE_LABEL, ""))
+        elif metadata["name"] == DENY_NAME:
+            yield Key(namespace, "")
+        elif obj["kind"] == kinds.SECRET.kind:
+            # A user's Secret: whoever names it will see it.
+            for resource in store.all(kinds.SECURE_VLLM_DEPLOYMENT, namespace):
+                yield Key(namespace, resource["metadata"]["name"])
+
+    return keys
+
+
+def run(settings: Settings) -> None:
+    """Run until SIGTERM or SIGINT.
+
+    Raises:
+        OperatorError: it cannot go on; says why.
+    """
+    log.configure(settings.log_format, settings.log_level)
+    try:
+        asyncio.run(_main(settings))
+    except ExceptionGroup as group:
+        errors = _leaves(group)
+        known = [error for error in errors if isinstance(error, OperatorError)]
+        if len(known) != len(errors):
+            raise
+        raise known[0] from group
+
+
+def _leaves(group: BaseExceptionGroup[Any]) -> list[BaseException]:
+    found: list[BaseException] = []
+    for error in group.exceptions:
+        found += _leaves(error) if isinstance(error, BaseExceptionGroup) else [error]
+    return found
+
+
+async def _main(settings: Settings) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for signum in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(signum, stop.set)
+    logger.info("starting", version=__version__, identity=settings.identity, namespace=settings.watch_namespace or "*")
+    async with AsyncExitStack() as stack:
+        process = await stack.enter_async_context(_Process.started(settings))
+        if await _until(stop, process.elector.acquire()):
+            return
+        await _until(stop, process.lead())
+        logger.info("stopping")
+        await process.finish()
+    logger.info("stopped")
+
+
+async def _until(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+    """Work until it is done or a stop is asked for; whether it was asked for."""
+    task, asked = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait([task, asked], return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            await task
+            return False
+        return True
+    finally:
+        asked.cancel()
+        if not task.done():
+            _unfinished.add(task)
+
+
+_unfinished: set[asyncio.Future[None]] = set()
+"""Work that a stop has interrupted: ``finish`` ends it in order, after the reconciles."""
+
+
+class _Process:
+    """Everything that lives as long as the process."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        kubernetes: Kubernetes,
+        elector: Elector,
+        session: aiohttp.ClientSession,
+        metrics: Metrics,
+    ) -> None:
+        self.elector = elector
+        self._settings = settings
+        self.store = Store(
+            WATCHED,
+            namespaces=[settings.watch_namespace] if settings.watch_namespace else [],
+            index=controller_uids,
+        )
+        reconciler = Reconciler(
+            kubernetes,
+            self.store,
+            HttpGateways(session),
+            settings.context,
+            now=lambda: datetime.now(UTC),
+            monotonic=boot_clock,
+            conditions=_told(metrics),
+        )
+        self.queue: WorkQueue[Key] = WorkQueue(reconciler, observer=metrics)
+        self._metrics = metrics
+        self.watcher = Watcher(
+            kubernetes,
+            Login(settings.kubeconfig),
+            self.store,
+            keys_of=keys_of(self.store),
+            sink=self.queue.add,
+            observer=metrics,
+            resync=settings.resync_seconds,
+        )
+        metrics.follow(depth=self.queue.depth, oldest_age=self.queue.oldest_age, leader=lambda: self.elector.is_leader)
+
+    @classmethod
+    @asynccontextmanager
+    async def started(cls, settings: Settings) -> AsyncIterator[_Process]:
+        """Connections and the HTTP server, closed at the end."""
+        login = Login(settings.kubeconfig)
+        metrics = Metrics(__version__)
+        lease = LeaseSettings(settings.namespace, settings.lease, settings.identity)
+        async with AsyncExitStack() as stack:
+            # The elector has connections of its own: a queue of slow writes must not delay a renewal.
+            election = await stack.enter_async_context(
+                connect(login, fence=lambda: True, observe=metrics.api_request, timeout=lease.request_timeout)
+            )
+            elector = Elector(election, lease, on_lost=_abort)
+            kubernetes = await stack.enter_async_context(
+                connect(login, fence=elector.may_write, observe=metrics.api_request, instance=settings.identity)
+            )
+            session = await stack.enter_async_context(aiohttp.ClientSession(trust_env=False))
+            process = cls(settings, kubernetes, elector, session, metrics)
+            await stack.enter_async_context(process.server())
+            yield process
+
+    def server(self) -> HttpServer:
+        """Health, readiness, metrics."""
+        return HttpServer(
+            healthz={"workers": self._workers, "watches": self.watcher.unhealthy},
+            readyz={"ready": self._ready},
+            leadz={
+                "leader": lambda: None if self.elector.is_leader else "not the leader",
+                "caches": self.store.unsynced,
+            },
+            registry=self._metrics.registry,
+            host=self._settings.http_host,
+            port=self._settings.http_port,
+        )
+
+    def _workers(self) -> str | None:
+        return self.queue.unhealthy() if self.elector.is_leader and self.store.unsynced() is None else None
+
+    def _ready(self) -> str | None:
+        """A standby is ready when it could take over; otherwise a rollout would wait for ever."""
+        return self.store.unsynced() if self.elector.is_leader else self.elector.unreadable()
+
+    async def lead(self) -> None:
+        """Watch, reconcile, renew.
+
+        Raises:
+            ExceptionGroup: the Lease was lost, or a watch or a worker ended.
+        """
+        async with asyncio.TaskGroup() as group:
+            group.create_task(self.elector.renew(), name="renew")
+            group.create_task(self.watcher.run(), name="watch")
+            group.create_task(self._work(), name="work")
+
+    async def _work(self) -> None:
+        # Children of resources that were deleted meanwhile are seen only by a complete cache.
+        while self.store.unsynced() is not None:
+            await asyncio.sleep(0.01)
+        await self.queue.run(self._settings.workers)
+
+    async def finish(self) -> None:
+        """Let running reconciles end, then hand over the Lease."""
+        await self.queue.shutdown(_FINISH_SECONDS)
+        for task in _unfinished:
+            task.cancel()
+        await asyncio.gather(*_unfinished, return_exceptions=True)
+        await self.elector.release()
+
+
+def _told(metrics: Metrics) -> Callable[[str, str, Mapping[str, str] | None], None]:
+    def told(namespace: str, name: str, statuses: Mapping[str, str] | None) -> None:
+        if statuses is None:
+            metrics.forget(namespace, name)
+        else:
+            metrics.set_conditions(namespace, name, statuses)
+
+    return told
+
+
+def _abort() -> None:
+    """The Lease is lost. The process ends by itself; when something hangs, without asking."""
+    timer = threading.Timer(_ABORT_SECONDS, os._exit, args=(1,))
+    timer.daemon = True
+    timer.start()
