@@ -29,6 +29,7 @@ log = structlog.stdlib.get_logger(__name__)
 _CONTEST_WINDOW = 600.0
 _CONTEST_REPEATS = 5
 _CONTEST_PAUSE = 60.0
+_CONFLICTS = 4
 
 
 class Cache(Protocol):
@@ -114,32 +115,38 @@ class Children:
         ref = Ref.of(obj)
         memory = self._memory.setdefault(ref, _Memory())
         live = self._cache.get(ref)
-        if live is None:
-            # The cache only holds what carries our label: a foreign object of this name has to be looked for.
-            live = await self._look(ref)
-        if live is None:
-            await self._apply(obj, memory)
-            return
-        self.check_owner(live, uid)
-        action = drift.judge(obj, live, memory.settled)
+        for _ in range(_CONFLICTS):
+            if live is None:
+                # The cache only holds what carries our label: a foreign object of this name has to be looked for.
+                live = await self._look(ref)
+            try:
+                await self._settle(ref, obj, live, uid, memory)
+            except (Conflict, NotFound):
+                live = None  # it moved under us
+            else:
+                return
+        raise Conflict(f"{ref} changes faster than it can be repaired")
+
+    async def _settle(self, ref: Ref, obj: Object, live: KubeObject | None, uid: str | None, memory: _Memory) -> None:
+        action = Action.APPLY
+        if live is not None:
+            self.check_owner(live, uid)
+            action = drift.judge(obj, live, memory.settled)
+            if action is not Action.KEEP and memory.pause_until > self._monotonic():
+                return
+        if live is None or action is Action.APPLY:
+            live = await self._kubernetes.apply(obj)
+            self._cache.put(live)
+            action = drift.judge(obj, live, None)
         if action is Action.KEEP:
             memory.settled = drift.footprint(live)
             return
-        if memory.pause_until > self._monotonic():
-            return
-        if action is Action.APPLY:
-            live = await self._apply(obj, memory)
-            if next(drift.additions(obj, live), None) is None:
-                return
-        self._note_repair(ref, memory)
+        memory.settled = None
         log.info("drift repaired", kind=ref.kind.kind, name=ref.name, added=[*drift.additions(obj, live)][:5])
-        try:
-            live = await self._kubernetes.replace(drift.replacement(obj, live))
-        except (Conflict, NotFound):
-            self._cache.forget(ref)  # what we know is old: look again in the next pass
-            raise
+        live = await self._kubernetes.replace(drift.replacement(obj, live))
         memory.settled = drift.footprint(live)
         self._cache.put(live)
+        self._note_repair(ref, memory)
 
     async def _look(self, ref: Ref) -> KubeObject | None:
         try:
@@ -148,12 +155,6 @@ class Children:
             return None
         if live["metadata"].get("labels", {}).get(MANAGED_BY) == FIELD_MANAGER:
             self._cache.put(live)
-        return live
-
-    async def _apply(self, obj: Object, memory: _Memory) -> KubeObject:
-        live = await self._kubernetes.apply(obj)
-        memory.settled = drift.footprint(live)
-        self._cache.put(live)
         return live
 
     def _note_repair(self, ref: Ref, memory: _Memory) -> None:

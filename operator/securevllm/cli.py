@@ -191,7 +191,7 @@ _Dumper.add_representer(str, _text)
 @click.option("--resync", default=600.0, show_default=True, help="Seconds between two full lists.")
 @click.option("--log-format", type=click.Choice(["json", "console"]), default="json", show_default=True)
 @click.option("--log-level", type=click.Choice(["DEBUG", "INFO", "WARNING"]), default="INFO", show_default=True)
-def run(
+def run(  # noqa: PLR0917 - click gives one argument per option
     watch_namespace: str | None,
     operator_namespace: str,
     identity: str | None,

@@ -254,7 +254,7 @@ class _Process:
 
     async def _work(self) -> None:
         # Children of resources that were deleted meanwhile are seen only by a complete cache.
-        while self.store.unsynced() is not None:
+        while self.store.unsynced() is not None:  # noqa: ASYNC110 - once, at start
             await asyncio.sleep(0.01)
         await self.queue.run(self._settings.workers)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -39,4 +39,4 @@ class Settings:
     log_format: Literal["json", "console"] = "json"
     log_level: str = "INFO"
     resync_seconds: float = 600.0
-    context: Context = Context()
+    context: Context = field(default_factory=Context)

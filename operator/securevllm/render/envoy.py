@@ -11,6 +11,7 @@ running Envoy reports. Field names, traps and measurements are those of Envoy 1.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import re
@@ -302,14 +303,19 @@ _ENVIRONMENT = Environment(
 _TEMPLATES = {name: _ENVIRONMENT.get_template(f"{name}.j2") for name in (BOOTSTRAP_FILE, *XDS_FILES, API_KEYS_FILE)}
 
 
+_LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+"""The same safe loader in C: the files of one gateway take 4 ms instead of 40."""
+
+
 def _duration(seconds: float) -> str:
     """A ``google.protobuf.Duration`` in JSON."""
     return f"{seconds:g}s"
 
 
 def _parsed(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    content = yaml.safe_load(
-        _TEMPLATES[name].render(names=_NAMES, files=_FILES, directories=DIRECTORIES, duration=_duration, **values)
+    content = yaml.load(
+        _TEMPLATES[name].render(names=_NAMES, files=_FILES, directories=DIRECTORIES, duration=_duration, **values),
+        Loader=_LOADER,  # noqa: S506 - a safe one
     )
     if not isinstance(content, dict):
         raise InternalError(f"{name}: not a mapping")
@@ -325,7 +331,8 @@ def _text(content: Mapping[str, Any], *, digits: int = 16) -> str:
     return json.dumps({"version_info": version, **content}, indent=1) + "\n"
 
 
-def envoy_files(model: GatewayModel) -> dict[str, str]:
+@functools.lru_cache(maxsize=1024)
+def envoy_files(model: GatewayModel) -> Mapping[str, str]:
     """Render every file of a gateway but the clients' keys.
 
     Args:
@@ -356,7 +363,7 @@ def envoy_files(model: GatewayModel) -> dict[str, str]:
     )
     envoy_check.check(parsed, wanted=wanted, authentication=model.authentication)
     bootstrap = json.dumps(parsed.pop(BOOTSTRAP_FILE), indent=1) + "\n"
-    return {BOOTSTRAP_FILE: bootstrap, **{name: _text(content) for name, content in parsed.items()}}
+    return MappingProxyType({BOOTSTRAP_FILE: bootstrap, **{name: _text(content) for name, content in parsed.items()}})
 
 
 def api_keys_file(keys: Sequence[ClientKey]) -> str:
