@@ -18,7 +18,7 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from http import HTTPStatus
@@ -27,6 +27,7 @@ from typing import Any, Protocol
 from urllib.parse import urlencode
 
 import aiohttp
+import structlog
 from kubernetes.aio.client import ApiClient, Configuration
 from kubernetes.aio.config import ConfigException, load_kube_config
 from kubernetes.aio.config.incluster_config import InClusterConfigLoader
@@ -47,6 +48,8 @@ from securevllm.errors import (
     Unavailable,
 )
 
+log = structlog.stdlib.get_logger(__name__)
+
 APPLY = "application/apply-patch+yaml"
 MERGE_PATCH = "application/merge-patch+json"
 JSON_PATCH = "application/json-patch+json"
@@ -58,7 +61,7 @@ TIMEOUT = 10.0
 _ATTEMPTS = 4
 _FIRST_PAUSE = 0.2
 _PAGE = 500
-_NOTE_LIMIT = 1024  # events.k8s.io/v1, field note
+_NOTE_LIMIT = 1024
 _BODY_LIMIT = 300
 _TOKEN_AGE = 60.0
 
@@ -366,14 +369,15 @@ class KubernetesClient:
         event: KubeObject = {
             "apiVersion": EVENT.api_version,
             "kind": EVENT.kind,
-            "metadata": {"generateName": f"{metadata['name']}.", "namespace": namespace or "default"},
+            "metadata": {"generateName": f"{metadata['name']}-", "namespace": namespace or "default"},
             "eventTime": micro_time(datetime.now(UTC)),
             "reportingController": FIELD_MANAGER,
             "reportingInstance": self._instance,
             "type": "Warning" if warning else "Normal",
             "reason": reason,
             "action": action,
-            "note": note if len(note) <= _NOTE_LIMIT else note[: _NOTE_LIMIT - 1] + "…",
+            # The API server counts bytes.
+            "note": note.encode()[:_NOTE_LIMIT].decode(errors="ignore"),
             "regarding": {
                 "apiVersion": about["apiVersion"],
                 "kind": about["kind"],
@@ -384,8 +388,10 @@ class KubernetesClient:
         }
         path = EVENT.path(event["metadata"]["namespace"])
         request = _Request("create", "POST", EVENT, f"Event {reason}", path, {}, event, retry=False)
-        with suppress(ApiError):
+        try:
             await self._send(request)
+        except ApiError as error:
+            log.warning("event not posted", reason=reason, about=str(Ref.of(about)), error=str(error))
 
     async def _send(self, request: _Request) -> KubeObject:
         """Send until there is an answer, the attempts are used up, or the time is over."""
@@ -502,7 +508,7 @@ def _error(request: _Request, status: int, payload: bytes) -> ApiError:
     causes = (document.get("details") or {}).get("causes") or []
     fields = sorted({cause.get("field") or "?" for cause in causes})
     cls = _error_class(request, status, reason, message, fields)
-    if request.kind == SECRET:
+    if request.kind == SECRET and request.body is not None:
         # The API server quotes refused values; of a Secret only the names of the fields may be repeated.
         message = f"{reason}, fields: {', '.join(fields)}" if fields else reason
     return cls(f"{request}: {status} {message}", status=status, reason=reason)

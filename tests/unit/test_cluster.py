@@ -355,7 +355,7 @@ async def test_events_are_complete_short_and_best_effort(tmp_path: Path) -> None
     assert (event["type"], event["reason"], event["action"]) == ("Warning", "Isolated", "Verify")
     assert (event["reportingController"], event["reportingInstance"]) == ("securevllm-operator", "pod-1")
     assert len(event["note"]) == 1024
-    assert event["metadata"]["generateName"] == "a."
+    assert event["metadata"]["generateName"] == "a-"
     assert script.requests[1][3]["type"] == "Normal"
 
 

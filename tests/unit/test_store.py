@@ -1,0 +1,218 @@
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from securevllm.api.kinds import CONFIG_MAP, NAMESPACE, POD, SECRET, KubeObject, Ref
+from securevllm.cluster import Listing
+from securevllm.errors import InternalError
+from securevllm.store import Change, Store, Watched
+
+
+def cm(name: str, version: int, namespace: str = "x", **labels: str) -> KubeObject:
+    metadata = {"name": name, "namespace": namespace, "resourceVersion": str(version), "labels": labels}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata}
+
+
+def by_owner(obj: KubeObject) -> list[str]:
+    return [*filter(None, [obj["metadata"].get("labels", {}).get("owner")])]
+
+
+def store(*namespaces: str) -> Store:
+    return Store([Watched(CONFIG_MAP), Watched(POD, managed_fields=False)], namespaces=namespaces, index=by_owner)
+
+
+def test_of_one_object_the_highest_version_wins() -> None:
+    cache = store()
+    first, second = cm("a", 5), cm("a", 6)
+
+    assert cache.put(first) == Change(None, first)
+    assert cache.put(cm("a", 5)) is None
+    assert cache.put(second) == Change(first, second)
+    assert cache.put(cm("a", 4)) is None
+    assert cache.get(Ref(CONFIG_MAP, "x", "a")) is second
+
+
+def test_versions_are_numbers_not_texts() -> None:
+    cache = store()
+    cache.put(cm("a", 9))
+
+    assert cache.put(cm("a", 10)) is not None
+
+
+def test_a_deleted_object_does_not_come_back_by_an_older_message() -> None:
+    cache = store()
+    cache.put(cm("a", 5))
+
+    assert cache.remove(cm("a", 7)) == Change(cm("a", 5), None)
+    assert cache.put(cm("a", 6)) is None
+    assert cache.get(Ref(CONFIG_MAP, "x", "a")) is None
+    assert cache.put(cm("a", 8)) == Change(None, cm("a", 8))
+
+
+def test_a_late_deletion_does_not_remove_the_recreated_object() -> None:
+    cache = store()
+    cache.put(cm("a", 9))
+
+    assert cache.remove(cm("a", 7)) is None
+    assert cache.get(Ref(CONFIG_MAP, "x", "a")) == cm("a", 9)
+
+
+def test_a_deletion_that_arrives_first_counts_too() -> None:
+    cache = store()
+
+    assert cache.remove(cm("a", 7)) is None
+    assert cache.put(cm("a", 6)) is None
+
+
+def test_a_list_finds_what_is_gone_new_and_changed() -> None:
+    cache = store()
+    for obj in (cm("gone", 1), cm("same", 2), cm("changed", 3), cm("just-written", 20)):
+        cache.put(obj)
+
+    changes = cache.replace(CONFIG_MAP, None, Listing([cm("same", 2), cm("changed", 4), cm("new", 5)], 10))
+
+    assert [
+        (change.old and change.old["metadata"]["name"], change.new and change.new["metadata"]["name"])
+        for change in changes
+    ] == [
+        ("changed", "changed"),
+        (None, "new"),
+        ("gone", None),
+    ]
+    assert sorted(obj["metadata"]["name"] for obj in cache.all(CONFIG_MAP)) == [
+        "changed",
+        "just-written",
+        "new",
+        "same",
+    ]
+
+
+def test_an_old_list_does_not_bring_back_what_was_deleted_meanwhile() -> None:
+    cache = store()
+    cache.put(cm("a", 5))
+    cache.remove(cm("a", 12))
+
+    assert cache.replace(CONFIG_MAP, None, Listing([cm("a", 5)], 10)) == []
+    assert cache.all(CONFIG_MAP) == []
+
+
+def test_memories_of_deletions_are_forgotten_one_list_later() -> None:
+    cache = store()
+    for number in range(100):
+        cache.put(cm(f"a{number}", number))
+        cache.remove(cm(f"a{number}", 100 + number))
+    cache.replace(CONFIG_MAP, None, Listing([], 300))
+    assert len(cache._shelves[CONFIG_MAP].gone) == 100
+    cache.replace(CONFIG_MAP, None, Listing([], 400))
+
+    assert cache._shelves[CONFIG_MAP].gone == {}
+    assert cache._shelves[CONFIG_MAP].objects == {}
+
+
+def test_it_is_synced_when_every_kind_was_listed_also_when_there_is_nothing() -> None:
+    cache = store()
+    assert cache.unsynced() == "not listed yet: configmaps, pods"
+    cache.replace(CONFIG_MAP, None, Listing([], 1))
+    assert cache.unsynced() == "not listed yet: pods"
+    cache.replace(POD, None, Listing([], 1))
+
+    assert cache.unsynced() is None
+
+
+def test_namespaces_are_listed_one_by_one_and_do_not_touch_each_other() -> None:
+    cache = Store([Watched(CONFIG_MAP), Watched(NAMESPACE)], namespaces=["x", "y"])
+    assert [(watched.kind, namespace) for watched, namespace in cache.scopes] == [
+        (CONFIG_MAP, "x"),
+        (CONFIG_MAP, "y"),
+        (NAMESPACE, None),
+    ]
+    cache.put(cm("a", 1, "x"))
+    cache.put(cm("a", 1, "y"))
+    cache.replace(CONFIG_MAP, "x", Listing([], 5))
+
+    assert cache.all(CONFIG_MAP, "x") == []
+    assert len(cache.all(CONFIG_MAP, "y")) == 1
+    assert cache.unsynced() is not None
+
+
+def test_managed_fields_are_dropped_where_nobody_needs_them() -> None:
+    cache = store()
+    metadata = {"name": "p", "namespace": "x", "resourceVersion": "1", "managedFields": [{"manager": "kubelet"}]}
+    cache.put({"apiVersion": "v1", "kind": "Pod", "metadata": metadata})
+    config_map = cm("a", 1)
+    config_map["metadata"]["managedFields"] = [{"manager": "x"}]
+    cache.put(config_map)
+
+    assert "managedFields" not in cache.all(POD)[0]["metadata"]
+    assert metadata["managedFields"]
+    assert cache.all(CONFIG_MAP)[0]["metadata"]["managedFields"] == [{"manager": "x"}]
+
+
+def test_the_index_follows_changes() -> None:
+    cache = store()
+    cache.put(cm("a", 1, owner="one"))
+    cache.put(cm("b", 2, owner="one"))
+    cache.put(cm("a", 3, owner="two"))
+
+    assert [obj["metadata"]["name"] for obj in cache.indexed("one")] == ["b"]
+    assert [obj["metadata"]["name"] for obj in cache.indexed("two")] == ["a"]
+    cache.remove(cm("b", 4))
+    assert cache.indexed("one") == []
+    assert set(cache._indexed) == {"two"}
+
+
+def test_a_kind_that_is_not_watched_is_refused() -> None:
+    with pytest.raises(InternalError, match="Secret is not watched"):
+        store().get(Ref(SECRET, "x", "a"))
+
+
+@pytest.mark.parametrize("version", [{}, {"resourceVersion": ""}])
+def test_an_object_without_version_is_refused(version: dict[str, Any]) -> None:
+    obj = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "a", "namespace": "x"} | version}
+
+    with pytest.raises(InternalError, match="ConfigMap x/a has no usable"):
+        store().put(obj)
+
+
+@given(
+    history=st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["put", "remove"])), max_size=30),
+    seed=st.integers(0, 2**32),
+    lists=st.lists(st.integers(0, 30), max_size=3),
+)
+@settings(max_examples=300, deadline=None)
+def test_in_any_order_and_with_any_repetition_the_cache_ends_at_the_truth(
+    history: list[tuple[str, str]], seed: int, lists: list[int]
+) -> None:
+    """Events may be late, doubled or overtaken by lists; with every message in, only the last state remains."""
+    truth: dict[str, KubeObject] = {}
+    snapshots = [Listing([], 1)]
+    messages: list[tuple[str, Any]] = []
+    for version, (name, what) in enumerate(history, start=2):
+        if what == "remove" and name not in truth:
+            continue
+        obj = cm(name, version, owner=name)
+        if what == "put":
+            truth[name] = obj
+        else:
+            del truth[name]
+        messages.append((what, obj))
+        snapshots.append(Listing([*truth.values()], version))
+    messages += [("list", snapshots[number % len(snapshots)]) for number in lists]
+    messages += messages[::2]
+    random.Random(seed).shuffle(messages)  # noqa: S311 - a test's order
+
+    cache = store()
+    for what, content in messages:
+        if what == "list":
+            cache.replace(CONFIG_MAP, None, content)
+        else:
+            getattr(cache, what)(content)
+    cache.replace(CONFIG_MAP, None, snapshots[-1])
+
+    assert {obj["metadata"]["name"]: obj for obj in cache.all(CONFIG_MAP)} == truth
+    assert {name: cache.indexed(name) for name in truth} == {name: [obj] for name, obj in truth.items()}
