@@ -1,0 +1,71 @@
+# `make` alone prints what there is. Everything lands in .venv and build/, and Go's and pip's own caches.
+SHELL := /bin/sh
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+
+PYTHON ?=#      interpreter for .venv; found by itself when empty
+TIERS ?=#       tiers of `make test`; all when empty
+
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-annotate \
+  --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' --quiet $(if $(UPGRADE),--upgrade)
+
+.PHONY: help
+help:
+	@awk -f tools/help.awk $(MAKEFILE_LIST)
+
+##@ Two commands
+
+.PHONY: demo
+demo: setup ## bring up a cluster, install, apply the quickstart, send five requests, clean up
+	@$(BIN)/python -m e2e.demo
+
+.PHONY: test
+test: setup ## all test tiers and a summary; TIERS="unit golden" runs only those
+	@$(BIN)/python tools/test_tiers.py $(TIERS)
+
+##@ Development
+
+.PHONY: setup
+setup: $(INSTALLED) ## make .venv from the lock file; instant when nothing changed
+
+# The lock names every package with its hash. The project itself comes last, from this folder, built without network.
+$(INSTALLED): requirements/dev.lock pyproject.toml tools/setup.sh
+	@PYTHON='$(strip $(PYTHON))' sh tools/setup.sh .venv requirements/dev.lock
+	@touch $@
+
+.PHONY: check
+check: setup ## formatting, lint, types and layers only
+	@$(BIN)/python tools/test_tiers.py check
+
+.PHONY: format
+format: setup ## put files into the project's format, mend what the linter can mend
+	@$(BIN)/ruff check --fix --quiet . || true
+	@$(BIN)/ruff format .
+
+.PHONY: golden
+golden: setup ## accept what is rendered now as the golden files; look at it with git diff
+	@$(BIN)/python -m pytest tests/golden --accept --quiet
+	@git diff --stat -- tests/golden/expected
+
+.PHONY: crd
+crd: setup ## write crds/ from the models
+	@$(BIN)/python -m securevllm crd > crds/.new
+	@mv crds/.new crds/securevllm.io_securevllmdeployments.yaml
+
+# The second lock takes the versions of the first: what is tested is what the image holds.
+.PHONY: lock
+lock: setup ## write requirements/*.lock from pyproject.toml; UPGRADE=1 takes the newest versions
+	@$(COMPILE) --group dev --output-file requirements/dev.lock
+	@$(COMPILE) --constraint requirements/dev.lock --output-file requirements/operator.lock
+
+.PHONY: bench
+bench: setup ## measure; prints one table per benchmark
+	@$(BIN)/python -m bench
+
+.PHONY: clean
+clean: ## remove .venv, build/ and caches of this folder; the Kubernetes programs stay in the user's cache
+	@rm -rf .venv build .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
