@@ -24,6 +24,7 @@ _BACKDATE = timedelta(minutes=5)  # clocks of nodes differ
 
 CERTIFICATE, KEY, BUNDLE = "tls.crt", "tls.key", "ca.crt"
 _NEXT_CERTIFICATE, _NEXT_KEY = "next.crt", "next.key"
+_PREVIOUS_CERTIFICATE = "previous.crt"
 
 Data = Mapping[str, bytes]
 
@@ -40,12 +41,18 @@ class _Pair:
         return self.certificate.public_bytes(serialization.Encoding.PEM), key
 
 
-def _load(certificate: bytes, key: bytes) -> _Pair:
+def _load(content: Data) -> _Pair:
     """A key pair. Raises ValueError when it is none."""
-    loaded = serialization.load_pem_private_key(key, password=None)
+    if not content.get(CERTIFICATE) or not content.get(KEY):
+        raise ValueError(f"{CERTIFICATE} or {KEY} is missing")
+    loaded = serialization.load_pem_private_key(content[KEY], password=None)
     if not isinstance(loaded, ec.EllipticCurvePrivateKey):
-        raise TypeError("not an EC key")
-    return _Pair(x509.load_pem_x509_certificate(certificate), loaded)
+        raise ValueError(f"{KEY} is not an EC key")  # noqa: TRY004 - the type of what a file holds is its value
+    certificate = x509.load_pem_x509_certificate(content[CERTIFICATE])
+    # A key that is not the certificate's would sign leaves that never verify, one more at every look.
+    if certificate.public_key() != loaded.public_key():
+        raise ValueError(f"{KEY} is not the key of {CERTIFICATE}")
+    return _Pair(certificate, loaded)
 
 
 def token() -> str:
@@ -62,9 +69,14 @@ def ca(current: Data | None, name: str, now: datetime) -> Data:
     if current is None:
         certificate, key = _new_ca(name, now).pem()
         return {CERTIFICATE: certificate, KEY: key}
-    left = _load(current[CERTIFICATE], current[KEY]).certificate.not_valid_after_utc - now
+    left = _load(current).certificate.not_valid_after_utc - now
     if left < LEAF_LIFETIME and _NEXT_CERTIFICATE in current:
-        return {CERTIFICATE: current[_NEXT_CERTIFICATE], KEY: current[_NEXT_KEY]}
+        # Gateways serve the old leaf until kubelet brings the new one: the old CA stays in the bundle.
+        return {
+            CERTIFICATE: current[_NEXT_CERTIFICATE],
+            KEY: current[_NEXT_KEY],
+            _PREVIOUS_CERTIFICATE: current[CERTIFICATE],
+        }
     if left < 2 * LEAF_LIFETIME and _NEXT_CERTIFICATE not in current:
         certificate, key = _new_ca(name, now).pem()
         return {**current, _NEXT_CERTIFICATE: certificate, _NEXT_KEY: key}
@@ -77,8 +89,8 @@ def leaf(current: Data | None, authority: Data, names: tuple[str, ...], now: dat
     Raises:
         ValueError: the CA's content is not a key pair.
     """
-    bundle = authority[CERTIFICATE] + authority.get(_NEXT_CERTIFICATE, b"")
-    signer = _load(authority[CERTIFICATE], authority[KEY])
+    signer = _load(authority)
+    bundle = b"".join(authority.get(name, b"") for name in (CERTIFICATE, _NEXT_CERTIFICATE, _PREVIOUS_CERTIFICATE))
     if current is not None and _usable(current, signer, names, now):
         return {**current, BUNDLE: bundle}
     certificate, key = _new_leaf(signer, names, now).pem()
@@ -94,7 +106,7 @@ def renewal(content: Data) -> datetime:
 
 def _usable(current: Data, signer: _Pair, names: tuple[str, ...], now: datetime) -> bool:
     try:
-        certificate = _load(current[CERTIFICATE], current[KEY]).certificate
+        certificate = _load(current).certificate
         certificate.verify_directly_issued_by(signer.certificate)
         sans = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
         return now < renewal(current) and set(sans.get_values_for_type(x509.DNSName)) == set(names)

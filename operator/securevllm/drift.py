@@ -27,6 +27,8 @@ RESTARTED_AT = "kubectl.kubernetes.io/restartedAt"
 _CONTROLLER_ANNOTATIONS = ("deployment.kubernetes.io/", "pv.kubernetes.io/", "volume.kubernetes.io/")
 _SERVER_METADATA = ("managedFields", "resourceVersion", "generation", "uid", "creationTimestamp", "selfLink")
 
+_QUANTITY_FIELDS = frozenset({"limits", "requests", "sizeLimit"})
+
 # Kinds whose spec cannot be written back: fields are bound or filled in by controllers, and most are immutable.
 _CREATED_ONCE = frozenset({"Job", "PersistentVolumeClaim"})
 
@@ -59,8 +61,14 @@ def judge(rendered: Object, live: Object, settled: str | None) -> Action:
     return Action.REPLACE if next(additions(rendered, live), None) is not None else Action.KEEP
 
 
-def covers(rendered: Any, live: Any) -> bool:
-    """Whether ``live`` has everything of ``rendered``; more is allowed, in objects, not in lists."""
+def covers(rendered: Any, live: Any, *, quantities: bool = False) -> bool:
+    """Whether ``live`` has everything of ``rendered``; more is allowed, in objects, not in lists.
+
+    Args:
+        rendered: an object or a part of one.
+        live: the same part as the API server holds it.
+        quantities: texts are quantities; anywhere else ``1000m`` is not ``1``.
+    """
     if isinstance(rendered, Mapping):
         if not isinstance(live, Mapping):
             return False
@@ -68,12 +76,15 @@ def covers(rendered: Any, live: Any) -> bool:
             data = {key: base64.b64encode(text.encode()).decode() for key, text in rendered["stringData"].items()}
             rendered = {key: value for key, value in rendered.items() if key != "stringData"} | {"data": data}
         # The API server drops an empty map or list, and keeps no field for it.
-        return all(covers(value, live.get(key, type(value)())) for key, value in rendered.items())
+        return all(
+            covers(value, live.get(key, type(value)()), quantities=quantities or key in _QUANTITY_FIELDS)
+            for key, value in rendered.items()
+        )
     if isinstance(rendered, list | tuple):
         if not isinstance(live, list) or len(rendered) != len(live):
             return False
-        return all(covers(ours, theirs) for ours, theirs in zip(rendered, live, strict=True))
-    return bool(rendered == live) or _same_quantity(rendered, live)
+        return all(covers(ours, theirs, quantities=quantities) for ours, theirs in zip(rendered, live, strict=True))
+    return bool(rendered == live) or (quantities and _same_quantity(rendered, live))
 
 
 def _same_quantity(ours: Any, theirs: Any) -> bool:

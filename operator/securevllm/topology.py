@@ -7,11 +7,14 @@ probes and ``explain`` all derive from the result, so they cannot disagree.
 from __future__ import annotations
 
 import ipaddress
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from securevllm import catalogue
+from securevllm.api.addresses import NOT_PUBLIC, Network
 from securevllm.context import CidrPeer, Context, Peer, PodPeer, Selector
 
 if TYPE_CHECKING:
@@ -132,29 +135,26 @@ GATEWAY_HTTP = 8080
 GATEWAY_OPS = 9902
 GATEWAY_ADMIN = 9901
 
-# Never meant by "the internet": loopback, link-local with the metadata addresses, private, shared (RFC 6598), and the
-# translation prefix through which an IPv6 pod would reach all of these in IPv4.
-_CARVED = (
-    "0.0.0.0/8",
-    "10.0.0.0/8",
-    "100.64.0.0/10",
-    "127.0.0.0/8",
-    "169.254.0.0/16",
-    "172.16.0.0/12",
-    "192.168.0.0/16",
-    "::/127",
-    "64:ff9b::/96",
-    "fc00::/7",
-    "fe80::/10",
-)
+
+def _network(text: str) -> Network:
+    return ipaddress.ip_network(text, strict=False)
+
+
+def outside_part(cidr: str, context: Context) -> CidrPeer | None:
+    """The part of a range that is not the cluster's own: engines differ on an ipBlock that holds pods or nodes."""
+    return _without(cidr, map(_network, context.cluster_ranges))
 
 
 def public_part(cidr: str, context: Context) -> CidrPeer | None:
     """The part of a range that is neither private, link-local, shared nor the cluster's own; None: nothing is left."""
-    network = ipaddress.ip_network(cidr, strict=False)
+    return _without(cidr, (*NOT_PUBLIC, *map(_network, context.cluster_ranges)))
+
+
+def _without(cidr: str, ranges: Iterable[Network]) -> CidrPeer | None:
+    """The part of a range that is in none of the others; None: nothing is left."""
+    network = _network(cidr)
     excluded = []
-    for text in (*_CARVED, *context.cluster_ranges):
-        carved = ipaddress.ip_network(text, strict=False)
+    for carved in ranges:
         if carved.version != network.version:
             continue
         if network.subnet_of(carved):  # type: ignore[arg-type]  # same version, checked above
@@ -180,18 +180,13 @@ def selector(labels: api.LabelSelector | None) -> Selector | None:
     )
 
 
-def _peers(peers: api.Peers) -> tuple[Peer, ...]:
-    """Peers of the spec, pods first. Neither selector: only the addresses count."""
+def _peers(peers: api.Peers, part: Callable[[str, Context], CidrPeer | None], context: Context) -> tuple[Peer, ...]:
+    """Peers of the spec, pods first. Neither selector: only the addresses count, and of them only the part."""
     found: list[Peer] = []
     if peers.pod_selector is not None or peers.namespace_selector is not None:
         found.append(PodPeer(selector(peers.namespace_selector), selector(peers.pod_selector)))
-    found += [CidrPeer(cidr) for cidr in peers.cidrs]
+    found += [kept for cidr in peers.cidrs if (kept := part(cidr, context)) is not None]
     return tuple(found)
-
-
-def _destinations(peers: api.Peers, context: Context) -> tuple[Peer, ...]:
-    carved = (public_part(p.cidr, context) if isinstance(p, CidrPeer) else p for p in _peers(peers))
-    return tuple(peer for peer in carved if peer is not None)
 
 
 def plan(spec: api.Spec, context: Context) -> Topology:
@@ -215,15 +210,15 @@ def plan(spec: api.Spec, context: Context) -> Topology:
     ops = Socket(
         Role.GATEWAY, "ops", GATEWAY_OPS, "TCP", "readiness and metrics of the gateway", "listener address (lds.yaml)"
     )
-    fetches = fetch_source(spec) is not None
+    hub = fetch_source(spec)
     replicas = 0 if spec.suspend else spec.replicas
     pods = [
         Pods(Role.GATEWAY, 0 if spec.suspend else spec.gateway.replicas),
         Pods(Role.ENGINE, replicas),
-        *([Pods(Role.FETCH, 1)] if fetches else []),
+        *([Pods(Role.FETCH, 1)] if hub is not None else []),
     ]
 
-    clients = (PodPeer(),) if spec.gateway.clients is None else _peers(spec.gateway.clients)
+    clients = (PodPeer(),) if spec.gateway.clients is None else _peers(spec.gateway.clients, outside_part, context)
     operator = (context.operator,)
     dns_ports = (PortRule(context.dns_port, "UDP"), PortRule(context.dns_port, "TCP"))
     flows: list[Flow] = [
@@ -233,18 +228,24 @@ def plan(spec: api.Spec, context: Context) -> Topology:
         Internal(Role.GATEWAY, api_socket, "requests that passed the allowlist"),
         *(Outbound(item.role, Outside.DNS, context.dns, dns_ports, "name resolution") for item in pods),
     ]
-    if fetches:
-        flows.append(
-            Outbound(Role.FETCH, Outside.HUB, internet(context), (PortRule(443),), "downloads the model, once")
-        )
+    if hub is not None:
+        ports = (PortRule(hub_port(hub)),)
+        flows.append(Outbound(Role.FETCH, Outside.HUB, internet(context), ports, "downloads the model, once"))
     for declared in spec.security.egress:
         ports = tuple(PortRule(item.port, item.protocol) for item in declared.ports)
-        flows.append(Outbound(Role.ENGINE, Outside.DECLARED, _destinations(declared.to, context), ports, declared.why))
+        flows.append(
+            Outbound(Role.ENGINE, Outside.DECLARED, _peers(declared.to, public_part, context), ports, declared.why)
+        )
     return Topology(
         pods=tuple(pods),
         sockets=(entry, ops, api_socket),
         flows=tuple(flow for flow in flows if isinstance(flow, Internal) or flow.peers),
     )
+
+
+def hub_port(source: api.HuggingFaceSource) -> int:
+    """The port that the fetch Job connects to."""
+    return urlsplit(source.endpoint or "").port or 443
 
 
 def fetch_source(spec: api.Spec) -> api.HuggingFaceSource | None:

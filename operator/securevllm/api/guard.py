@@ -17,14 +17,14 @@ from securevllm.errors import Problem
 if TYPE_CHECKING:
     from securevllm.api import types as api
 
+# A quantization or parser name is a word; a dot or slash would make some of them a module or a file.
 _VALUES = {
     "int": re.compile(r"-?[0-9]{1,18}"),
     "float": re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?"),
-    "word": re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}"),
+    "word": re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}"),
 }
 _EXAMPLES = {"int": "8192", "float": "0.9", "word": "bfloat16"}
 
-# A quantization or parser name is a word; a dot or slash would make some of them a module or a file.
 _GPU = re.compile(r"(nvidia\.com/(gpu|mig-[0-9a-z.-]+)|amd\.com/gpu|gpu\.intel\.com/(i915|xe)|aws\.amazon\.com/neuron)")
 _PLAIN_RESOURCES = frozenset({"cpu", "memory", "ephemeral-storage"})
 
@@ -42,7 +42,8 @@ SERVICE_ANNOTATION_PREFIXES = (
 """Annotations of the gateway's Service: how a load balancer is made, not who else learns its name."""
 
 _RESERVED_LABELS = re.compile(
-    r"([a-z0-9.-]*\.)?(securevllm\.io|kubernetes\.io|k8s\.io|istio\.io|linkerd\.io|cilium\.io|openshift\.io)/.*"
+    r"([a-z0-9.-]*\.)?(securevllm\.io|kubernetes\.io|k8s\.io|istio\.io|linkerd\.io|kuma\.io|cilium\.io|openshift\.io"
+    r"|azure\.workload\.identity)/.*"  # the last one puts a cloud credential into the pod
 )
 _RESERVED_LABEL_NAMES = frozenset({"pod-template-hash", "controller-revision-hash", "controller-uid", "job-name"})
 

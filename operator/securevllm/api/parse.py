@@ -7,26 +7,32 @@ because some rules need a catalogue, and because only here an answer can say wha
 from __future__ import annotations
 
 import ipaddress
+import itertools
 import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
+from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter, ValidationError
 
 from securevllm import catalogue
 from securevllm.api import guard
 from securevllm.api import types as api
+from securevllm.api.addresses import is_public
+from securevllm.api.schema import size_problems
 from securevllm.errors import Problem, SpecError
 
 _SPEC = TypeAdapter(api.Spec)
 _TAG = re.compile(r":(?P<tag>[A-Za-z0-9_][A-Za-z0-9._-]{0,127})(@sha256:[a-f0-9]{64})?$")
 _QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?([kKMGTPE]i?|m)?")
-_SUFFIXES: dict[str, float] = {"": 1, "m": 0.001, "k": 10**3, "K": 10**3} | {
-    unit + i: (1024 if i else 1000) ** power for power, unit in enumerate("KMGTPE", 1) for i in ("", "i")
+_SUFFIXES = {"": Fraction(1), "m": Fraction(1, 1000), "k": Fraction(1000)} | {
+    unit + i: Fraction(1024 if i else 1000) ** power for power, unit in enumerate("KMGTPE", 1) for i in ("", "i")
 }
+_FIELD = re.compile(r"[a-z][A-Za-z]*")
 _SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
@@ -52,8 +58,8 @@ def seconds(duration: str) -> int:
     return int(duration[:-1]) * _SECONDS[duration[-1]]
 
 
-def quantity(value: str | int) -> float:
-    """A Kubernetes quantity as a number.
+def quantity(value: str | int) -> Fraction:
+    """A Kubernetes quantity as a number, exactly.
 
     Raises:
         ValueError: it is none.
@@ -62,7 +68,7 @@ def quantity(value: str | int) -> float:
     if match is None:
         raise ValueError(f"{value!r} is not a quantity such as 8Gi")
     suffix = match[2] or ""
-    return float(str(value)[: len(str(value)) - len(suffix)]) * _SUFFIXES[suffix]
+    return Fraction(str(value).removesuffix(suffix)) * _SUFFIXES[suffix]
 
 
 def parse(name: str, raw: dict[str, Any]) -> Accepted:
@@ -79,7 +85,7 @@ def parse(name: str, raw: dict[str, Any]) -> Accepted:
         spec = _SPEC.validate_json(json.dumps(raw), strict=True, by_alias=True, by_name=False)
     except ValidationError as error:
         raise SpecError(*_schema_problems(error)) from None
-    problems = [problem for check in _CHECKS for problem in check(spec)]
+    problems = [*size_problems(raw), *(problem for check in _CHECKS for problem in check(spec))]
     problems += _name_problems(name)
     version = version_of(spec)
     if isinstance(version, Problem):
@@ -94,11 +100,17 @@ def _schema_problems(error: ValidationError) -> list[Problem]:
     """Pydantic's findings in our own words; the value is shown unless it may be large."""
     problems = []
     for item in error.errors(include_url=False):
-        field = "spec" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"])
+        path, told = item["loc"], item["msg"]
+        if path[-1:] in {("str",), ("int",)}:  # pydantic appends the member of the union: a quantity
+            path, told = path[:-1], "Input should be a string or an integer"
+        elif path[-1:] == ("[key]",):
+            path, told = path[:-1], f"The name: {told}"
+        field = "spec" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
         value = item.get("input")
         shown = str(value)[:80] if isinstance(value, str | int | float | bool) else ""
-        fix = "See: kubectl explain securevllmdeployment." + re.sub(r"\[\d+\]", "", field)
-        problems.append(Problem(field, "InvalidSpec", item["msg"].removeprefix("Value error, "), fix, shown))
+        names = itertools.takewhile(_FIELD.fullmatch, (part for part in path if isinstance(part, str)))
+        fix = f"See: kubectl explain {'.'.join(('securevllmdeployment.spec', *names))}"
+        problems.append(Problem(field, "InvalidSpec", told, fix, shown))
     return problems
 
 
@@ -211,8 +223,13 @@ def _model(spec: api.Spec) -> Iterator[Problem]:
             "spec.model.source.persistentVolumeClaim.path", "InvalidSpec", "'..' is not allowed", "Use a plain path.",
             claim.path,
         )  # fmt: skip
-    hub = model.source.hugging_face
-    if hub is not None and hub.storage.claim_name is None and spec.replicas > 1:
+
+
+def _hub(spec: api.Spec) -> Iterator[Problem]:
+    hub = spec.model.source.hugging_face if spec.model.source is not None else None
+    if hub is None:
+        return
+    if hub.storage.claim_name is None and spec.replicas > 1:
         shared = {"ReadWriteMany", "ReadOnlyMany"} & set(hub.storage.access_modes)
         if not shared:
             yield Problem(
@@ -222,6 +239,31 @@ def _model(spec: api.Spec) -> Iterator[Problem]:
                 "Use accessModes: [ReadWriteMany] with a storage class that has it, or replicas: 1.",
                 ", ".join(hub.storage.access_modes),
             )
+    if set(hub.storage.access_modes) == {"ReadOnlyMany"}:
+        yield Problem(
+            "spec.model.source.huggingFace.storage.accessModes",
+            "InvalidSpec",
+            "the fetch Job has to write into the volume",
+            "Use accessModes: [ReadWriteMany], or persistentVolumeClaim for a volume that is filled already.",
+            "ReadOnlyMany",
+        )
+    if hub.endpoint is not None and not _is_url(hub.endpoint):
+        yield Problem(
+            "spec.model.source.huggingFace.endpoint",
+            "InvalidSpec",
+            "not the address of a hub",
+            "Write for example https://hub.example.com:8443.",
+            hub.endpoint,
+        )
+
+
+def _is_url(text: str) -> bool:
+    """Whether an address has a host, and a port that exists or none."""
+    try:
+        parts = urlsplit(text)
+        return bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def _quantities(spec: api.Spec) -> Iterator[Problem]:
@@ -247,18 +289,30 @@ def _quantities(spec: api.Spec) -> Iterator[Problem]:
 
 
 _SMALLEST_BODY, _LARGEST_BODY = 2**10, 2**31 - 1
+_SMALLEST_MEMORY = 2**26
+"""Envoy sheds load at a share of its memory; with less it would refuse everything."""
 
 
 def _limits(spec: api.Spec) -> Iterator[Problem]:
-    try:
-        body = quantity(spec.gateway.limits.request_body)
-    except ValueError:
-        return  # reported by _quantities
-    if not _SMALLEST_BODY <= body <= _LARGEST_BODY:
-        yield Problem(
-            "spec.gateway.limits.requestBody", "InvalidSpec", "between 1Ki and 2Gi", "Write for example 64Mi.",
-            str(spec.gateway.limits.request_body),
-        )  # fmt: skip
+    memory = spec.gateway.resources.limits.get("memory") if spec.gateway.resources else None
+    values: list[tuple[str, str | int, int, int, str]] = [
+        (
+            "limits.requestBody",
+            spec.gateway.limits.request_body,
+            _SMALLEST_BODY,
+            _LARGEST_BODY,
+            "from 1Ki to below 2Gi",
+        ),
+    ]
+    if memory is not None:
+        values.append(("resources.limits.memory", memory, _SMALLEST_MEMORY, 2**63, "at least 64Mi"))
+    for field, value, least, most, told in values:
+        try:
+            fits = least <= quantity(value) <= most
+        except ValueError:
+            continue  # reported by _quantities
+        if not fits:
+            yield Problem(f"spec.gateway.{field}", "InvalidSpec", told, "Write for example 128Mi.", str(value))
 
 
 def _world(spec: api.Spec) -> Iterator[Problem]:
@@ -276,15 +330,53 @@ def _world(spec: api.Spec) -> Iterator[Problem]:
             "Keep one of them.",
             ", ".join(sorted(gpus)),
         )
-    for name, value in gpus.items():
-        if str(value) != str(world):
-            yield Problem(
-                f"spec.engine.resources.limits.{name}",
-                "InvalidSpec",
-                f"tensor x pipeline needs {world} GPUs in the pod",
-                f"Write {world}, or leave resources out.",
-                str(value),
-            )
+    for name in gpus:
+        # Kubernetes wants a limit for an extended resource, and the request, if there is one, equal to it.
+        limit = resources.limits.get(name, 0)
+        for part, value in (("limits", limit), ("requests", resources.requests.get(name, limit))):
+            if str(value) != str(world):
+                yield Problem(
+                    f"spec.engine.resources.{part}.{name}",
+                    "InvalidSpec",
+                    f"tensor x pipeline needs {world} GPUs in the pod",
+                    f"Write {world}, or leave resources out.",
+                    str(value),
+                )
+
+
+def _exclusive(spec: api.Spec) -> Iterator[Problem]:
+    """Blocks of which only one may be set; the weaker one would win silently."""
+    authentication, tls = spec.gateway.authentication, spec.gateway.tls
+    for field, names, values in (
+        (
+            "spec.gateway.authentication",
+            "apiKeys, jwt, mtls and none",
+            (authentication.api_keys, authentication.jwt, authentication.mtls, authentication.none),
+        ),
+        ("spec.gateway.tls", "secretName and disabled", (tls.secret_name, tls.disabled)),
+    ):
+        if sum(value is not None for value in values) > 1:
+            yield Problem(field, "InvalidSpec", f"at most one of {names}", "Keep one of them.")
+
+
+def _selectors(spec: api.Spec) -> Iterator[Problem]:
+    """What the API server would refuse in a NetworkPolicy that is rendered from it."""
+    peers = [(f"spec.security.egress[{index}].to", entry.to) for index, entry in enumerate(spec.security.egress)]
+    if spec.gateway.clients is not None:
+        peers.append(("spec.gateway.clients", spec.gateway.clients))
+    for field, peer in peers:
+        for name, selector in (("namespaceSelector", peer.namespace_selector), ("podSelector", peer.pod_selector)):
+            if selector is None:
+                continue
+            for index, item in enumerate(selector.match_expressions):
+                if (item.operator in {"In", "NotIn"}) != bool(item.values):
+                    yield Problem(
+                        f"{field}.{name}.matchExpressions[{index}].values",
+                        "InvalidSpec",
+                        "In and NotIn need values, Exists and DoesNotExist take none",
+                        "Write for example {key: team, operator: In, values: [a]}.",
+                        item.operator,
+                    )
 
 
 def _ports(spec: api.Spec) -> Iterator[Problem]:
@@ -332,7 +424,7 @@ def _egress(spec: api.Spec) -> Iterator[Problem]:
         for cidr in entry.to.cidrs:
             problems = list(_cidr(f"{field}.cidrs", cidr))
             yield from problems
-            if not problems and not ipaddress.ip_network(cidr).is_global and ipaddress.ip_network(cidr).prefixlen > 0:
+            if not problems and not is_public(ipaddress.ip_network(cidr)):
                 yield Problem(
                     f"{field}.cidrs",
                     "EgressRefused",
@@ -356,9 +448,12 @@ def _arguments(spec: api.Spec) -> Iterator[Problem]:
 _CHECKS: tuple[Callable[[api.Spec], Iterator[Problem]], ...] = (
     _not_supported,
     _model,
+    _hub,
     _quantities,
     _limits,
     _world,
+    _exclusive,
+    _selectors,
     _ports,
     _clients,
     _egress,

@@ -102,8 +102,6 @@ class Rendered:
     def served_files(self) -> dict[str, str]:
         """The files that an up-to-date gateway has loaded: file name to text."""
         files = dict(self.gateway_files)
-        if self.url.startswith("http:"):
-            del files["sds.yaml"]  # nothing asks for a certificate
         if self.keys_file:
             files[envoy.API_KEYS_FILE] = self.keys_file
         return files

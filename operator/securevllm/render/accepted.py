@@ -65,7 +65,8 @@ def config_map(owner: Owner, kept: Kept, seal_key: bytes) -> Object:
 def read(owner: Owner, data: Mapping[str, str], seal_key: bytes) -> Kept | None:
     """Content that carries a valid seal; None otherwise: it is treated as lost, never as true."""
     spec_text, pins_text = data.get(_SPEC, ""), data.get(_PINS, "")
-    if not hmac.compare_digest(data.get(_SEAL, ""), _seal(seal_key, owner.uid, spec_text, pins_text)):
+    expected = _seal(seal_key, owner.uid, spec_text, pins_text)
+    if not hmac.compare_digest(data.get(_SEAL, "").encode(), expected.encode()):  # text would have to be ASCII
         return None
     pins = {name: Pin(pin["inputs"], pin["template"]) for name, pin in json.loads(pins_text).items()}
     return Kept(json.loads(spec_text), pins)

@@ -7,6 +7,7 @@ part of the pod template.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from securevllm import catalogue
@@ -81,7 +82,7 @@ def _entry(topology: Topology, tls: api.Tls) -> int:
     return topology.socket(Role.GATEWAY, "http" if tls.disabled is not None else "https").port
 
 
-def _memory(spec: api.Spec) -> float:
+def _memory(spec: api.Spec) -> Fraction:
     limits = spec.gateway.resources.limits if spec.gateway.resources else {}
     return parse.quantity(limits.get("memory", f"{_MEMORY_MIB}Mi"))
 
@@ -186,7 +187,7 @@ def template(
     tls = spec.gateway.tls
     volumes: list[tuple[str, dict[str, Any]]] = [
         ("bootstrap", _config_volume(owner, [envoy.BOOTSTRAP_FILE])),
-        ("xds", _config_volume(owner, envoy.XDS_FILES)),
+        ("xds", _config_volume(owner, [name for name in envoy.XDS_FILES if name in files])),
         # Only the key that Envoy needs: the Secret also holds the seal's.
         ("engine", _secret_volume(engine.key_secret(owner), [engine.KEY])),
     ]

@@ -109,6 +109,9 @@ def _revision(facts: Facts) -> Verdict | None:
     stale = {pod: files for pod, files in facts.served.stale.items() if files}
     if facts.served.silent:
         return _no("RevisionUnknown", f"No answer on the ops port of {', '.join(sorted(facts.served.silent))}.")
+    asked, ready = len(facts.served.stale), facts.gateway.ready if facts.gateway else 0
+    if asked < ready:
+        return _no("RevisionUnknown", f"{asked} of {ready} gateways were asked what they serve.")
     if stale:
         pod, files = min(stale.items())
         return _no(
@@ -158,7 +161,9 @@ _CHECKS: Mapping[str, tuple[Check, ...]] = {
     ),
     "EnginesReady": (
         _failures_of("isolation/"),
+        _failures_of("operator/"),  # what was accepted could not be kept: no workload is brought
         _failures_of("engine/"),
+        _failures_of("fetch/"),
         _suspended,
         _fetching,
         _rollout(lambda facts: facts.engine, "engines"),
@@ -166,6 +171,7 @@ _CHECKS: Mapping[str, tuple[Check, ...]] = {
     ),
     "GatewayReady": (
         _failures_of("isolation/"),
+        _failures_of("operator/"),
         _failures_of("gateway/"),
         _suspended,
         _secrets_missing,
