@@ -39,6 +39,7 @@ CHUNK_SIZE = 500
 _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 30.0
 _STOP_TIMEOUT = 10.0
+_CLOSE_SECONDS = 0.1
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -216,14 +217,18 @@ class _Streams:
     async def _kopf(self) -> None:
         self._kopf_loop.set_result(asyncio.get_running_loop())
         namespaces = self._store.namespaces
-        await kopf.operator(
-            registry=_registry(self._store, self._login, self._hand_over),
-            settings=_settings(self._store),
-            standalone=True,
-            clusterwide=not namespaces,
-            namespaces=namespaces,
-            stop_flag=self._stop,
-        )
+        try:
+            await kopf.operator(
+                registry=_registry(self._store, self._login, self._hand_over),
+                settings=_settings(self._store),
+                standalone=True,
+                clusterwide=not namespaces,
+                namespaces=namespaces,
+                stop_flag=self._stop,
+            )
+        finally:
+            # kopf closes its sessions without waiting for the TLS connections to be shut down.
+            await asyncio.sleep(_CLOSE_SECONDS)
 
     def _hand_over(self, kind: Kind, event_type: str | None, obj: KubeObject) -> None:
         self._loop.call_soon_threadsafe(self._take_or_fail, kind, event_type, obj)
