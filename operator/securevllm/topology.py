@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
 
 from securevllm import catalogue
-from securevllm.api.addresses import NOT_PUBLIC, Network
+from securevllm.api.addresses import IPV4_MAPPED, NOT_PUBLIC, Network
 from securevllm.context import CidrPeer, Context, Peer, PodPeer, Selector
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _without(cidr: str, ranges: Iterable[Network]) -> CidrPeer | None:
     network = _network(cidr)
     excluded = []
     for carved in ranges:
-        if carved.version != network.version:
+        if carved.version != network.version or carved == IPV4_MAPPED:
             continue
         if network.subnet_of(carved):  # type: ignore[arg-type]  # same version, checked above
             return None

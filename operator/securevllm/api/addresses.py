@@ -10,6 +10,9 @@ import ipaddress
 
 Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
+IPV4_MAPPED = ipaddress.IPv6Network("::ffff:0:0/96")
+"""No packet carries such an address (a socket that names one sends IPv4), and the API server refuses it in a policy."""
+
 NOT_PUBLIC: tuple[Network, ...] = tuple(
     map(
         ipaddress.ip_network,
@@ -26,7 +29,7 @@ NOT_PUBLIC: tuple[Network, ...] = tuple(
             "224.0.0.0/4",  # multicast
             "240.0.0.0/4",  # reserved; some clusters number their pods from it
             "::/127",
-            "::ffff:0:0/96",  # IPv4-mapped
+            str(IPV4_MAPPED),
             "64:ff9b::/96",  # NAT64
             "64:ff9b:1::/48",  # NAT64, local use
             "2001::/32",  # Teredo
