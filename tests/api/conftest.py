@@ -11,6 +11,8 @@ import pytest
 
 from e2e.cluster import Cluster, load, running, start, stop
 from e2e.cluster.paths import locked
+from tests.api.kube import Kube
+from tests.api.operator_process import OperatorProcess, install, new_namespace
 
 
 @pytest.fixture(scope="session")
@@ -31,6 +33,32 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     with locked(folder / "cluster.lock"):
         if _count(folder, -1) == 0:
             stop(name)
+
+
+@pytest.fixture(scope="session")
+def kube(cluster: Cluster) -> Iterator[Kube]:
+    """Give an administrator's client of a cluster in which CRD and RBAC are installed."""
+    client = Kube(cluster.kubeconfig)
+    install(client)
+    yield client
+    client.close()
+
+
+@pytest.fixture(scope="module")
+def operator(cluster: Cluster, kube: Kube, tmp_path_factory: pytest.TempPathFactory) -> Iterator[OperatorProcess]:
+    """Run one operator for a module. At its end it stops in order and has met nothing that it did not expect."""
+    with OperatorProcess(cluster, kube, tmp_path_factory.mktemp("operator")) as process:
+        yield process
+        assert process.stop() == 0
+        assert '"level": "error"' not in process.log
+        assert "Traceback" not in process.log
+
+
+@pytest.fixture
+def namespace(kube: Kube) -> Iterator[str]:
+    """Give a namespace with a fresh name."""
+    with new_namespace(kube) as name:
+        yield name
 
 
 def _count(folder: Path, change: int) -> int:
