@@ -413,9 +413,10 @@ class KubernetesClient:
         raise AssertionError("unreachable: the last attempt raises")
 
     async def _attempt(self, request: _Request) -> KubeObject:
+        used = self._token
         status, headers, payload = await self._exchange(request)
-        if status == HTTPStatus.UNAUTHORIZED and await self._refresh_token():
-            # Nothing was executed, so even a POST may be sent again.
+        # Nothing was executed, so even a POST may be sent again. Of many requests with an old token one reads the file.
+        if status == HTTPStatus.UNAUTHORIZED and (self._token != used or await self._refresh_token()):
             status, headers, payload = await self._exchange(request)
         if HTTPStatus.OK <= status < HTTPStatus.MULTIPLE_CHOICES:
             answer: KubeObject = json.loads(payload)

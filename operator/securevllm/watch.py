@@ -262,6 +262,7 @@ def _registry(
             private_key_path=configuration.key_file,
             scheme="Bearer" if bearer_token(configuration) else None,
             token=bearer_token(configuration),
+            proxy_url=configuration.proxy,
         )
 
     def register(kind: Kind) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from e2e.cluster import running
 from securevllm.api.kinds import CONFIG_MAP, NAMESPACE, POD, SECRET, Kind, KubeObject, Ref
 from securevllm.cluster import KubernetesClient, Login, connect
 from securevllm.errors import OperatorError, Unavailable
@@ -340,3 +341,34 @@ async def test_an_event_that_cannot_be_taken_ends_the_watcher(
     with pytest.raises(OperatorError, match="cannot take a"):
         async with asyncio.timeout(20.0):
             await running
+
+
+@pytest.fixture(scope="module")
+def own_cluster(cluster: Cluster) -> Iterator[Cluster]:
+    """A second cluster, because its API server is stopped."""
+    if cluster.provider != "local":
+        pytest.skip(f"provider {cluster.provider}: its API server is not ours to stop")
+    with running() as own:
+        yield own
+
+
+@pytest.mark.parametrize("pause", [0.0, 5.0])
+async def test_watching_goes_on_after_the_api_server_was_away(own_cluster: Cluster, pause: float) -> None:
+    async with connect(Login(own_cluster.kubeconfig), fence=lambda: True, timeout=30.0) as client:
+        name = f"away-{uuid.uuid4().hex[:8]}"
+        await client.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+        store, seen = Store([Watched(CONFIG_MAP, OURS)], namespaces=[name]), Seen()
+        async with watching(own_cluster, client, store, seen):
+            await until(lambda: store.unsynced() is None)
+            await streaming(client, store, name)
+            await client.create(config_map(name, "kept", "me"))
+            await asyncio.to_thread(own_cluster.stop_apiserver)
+            await asyncio.sleep(pause)
+            await asyncio.to_thread(own_cluster.start_apiserver)
+            seen.keys.clear()
+            away = time.monotonic()
+            await client.apply(config_map(name, "after", "you"))
+            await until(lambda: "you" in seen.keys, 30.0)
+            print(f"API server away for {pause:g} s: events again after {time.monotonic() - away:.1f} s")  # noqa: T201
+
+            assert {obj["metadata"]["name"] for obj in store.all(CONFIG_MAP)} == {"kept", "after"}

@@ -372,6 +372,14 @@ async def test_a_new_token_in_the_file_is_used_after_a_401_even_for_a_post(tmp_p
     ]
 
 
+async def test_many_requests_with_an_old_token_all_get_the_new_one(tmp_path: Path) -> None:
+    async with client(tmp_path, *[status(401, "Unauthorized")] * 5, *[Answer()] * 5) as (kubernetes, script):
+        (tmp_path / "token").write_text("t-2\n", encoding="utf-8")
+        await asyncio.gather(*(kubernetes.create(CM) for _ in range(5)))
+
+    assert len(script.requests) == 10
+
+
 async def test_the_token_file_is_read_again_every_minute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async with client(tmp_path, Answer(), Answer(), Answer()) as (kubernetes, script):
         await kubernetes.get(A)
