@@ -117,7 +117,18 @@ def _string(node: Mapping[str, Any], number: int) -> str:
 def _values(node: Mapping[str, Any]) -> Iterator[Any]:
     yield from (sample(node), sample(node, number=1), None, "", "-a", 1, 1.5, True, [], [None], {}, {"unknown": 1})
     if node.get("x-kubernetes-int-or-string"):
-        yield from ("8Gi", "1.5", "100m", "1e3", "8 Gi", "-1", -1, "x" * (node["maxLength"] + 1))
+        yield from (
+            "8Gi",
+            "1.5",
+            "100m",
+            "1e3",
+            "8 Gi",
+            "1K",
+            "0",
+            "-1",
+            -1,
+            "x" * (node["maxLength"] + 1),
+        )
         return
     match node["type"]:
         case "string":
