@@ -295,7 +295,7 @@ STRICTER: dict[tuple[str, str], str] = {
     ("InvalidSpec", "not a quantity"): "int-or-string has no type, so no pattern can exclude what else it may hold",
     ("InvalidSpec", "from 1Ki to below 2Gi"): "arithmetic with quantities",
     ("InvalidSpec", "In and NotIn need values"): "the schema of the field is that of meta/v1, which says as little",
-    ("InvalidSpec", "the fetch Job has to write into the volume"): "depends on claimName",
+    ("InvalidSpec", "the fetch Job has to write into the volume"): "ReadOnlyMany is right beside another mode",
     ("InvalidSpec", r"tensor x pipeline needs \d+ GPUs"): "arithmetic over two fields and the list of GPUs",
     ("InvalidSpec", "one kind of GPU per pod"): "the list of GPUs grows without a new CRD",
     ("InvalidSpec", r"'\.\.' and '//' are not allowed"): "RE2 has no look-around",
