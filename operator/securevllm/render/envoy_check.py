@@ -24,9 +24,7 @@ class Entry:
     websocket: bool
 
 
-_BODY_HEADERS = [
-    {"name": name, "present_match": True, "invert_match": True} for name in ("content-length", "transfer-encoding")
-]
+_NO_BODY = {"name": "content-length", "present_match": True, "invert_match": True}
 _WEBSOCKET = {"name": "upgrade", "string_match": {"exact": "websocket", "ignore_case": True}}
 _DENY = {
     "name": "deny",
@@ -85,7 +83,7 @@ def routes_of(rds: Mapping[str, Any]) -> frozenset[Entry]:
         upgrades = [{"upgrade_type": "websocket", "enabled": True}] if websocket else None
         _require(action.get("upgrade_configs") == upgrades, f"route {name} upgrades")
         verb = method["string_match"]["exact"]
-        bodiless = _BODY_HEADERS if verb in {"GET", "DELETE"} else []
+        bodiless = [_NO_BODY] * (verb in {"GET", "DELETE"})
         _require(conditions == [_WEBSOCKET] * websocket + bodiless, f"route {name} has conditions {conditions}")
         entries.append(Entry(verb, match.get("path", ""), match.get("safe_regex", {}).get("regex", ""), websocket))
     return _unique(entries, "rds.yaml")

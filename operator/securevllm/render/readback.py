@@ -17,6 +17,7 @@ import re
 from collections.abc import Mapping
 
 _STAT = re.compile(r"envoy_(?P<name>\w+)_version_text\{(?P<labels>.*)\} 0")
+_HEALTHY = re.compile(r'^envoy_cluster_membership_healthy\{envoy_cluster_name="engine"\} (?P<count>\d+)$', re.MULTILINE)
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 _FILES = {
@@ -46,9 +47,15 @@ def parse_versions(text: str) -> dict[str, str]:
         labels = dict(_LABEL.findall(match["labels"]))
         resource = labels.get("envoy_rds_route_config") or labels.get("envoy_xds_resource_name") or ""
         file = _FILES.get((match["name"], resource))
-        if file is not None:
-            found.setdefault(file, set()).add(labels.get("text_value", ""))
+        if file is not None and labels.get("text_value"):
+            found.setdefault(file, set()).add(labels["text_value"])
     return {file: versions.pop() for file, versions in found.items() if len(versions) == 1}
+
+
+def parse_healthy(text: str) -> int:
+    """Engines that this gateway may send requests to: they have an address in DNS and passed the health check."""
+    match = _HEALTHY.search(text)
+    return int(match["count"]) if match else 0
 
 
 def versions_of(files: Mapping[str, str]) -> dict[str, str]:
