@@ -24,11 +24,24 @@ class Pod:
     address: str
 
 
+@dataclass(frozen=True)
+class Served:
+    """What a gateway says of itself.
+
+    Attributes:
+        versions: file name to the version that it enforces.
+        engines: engines that it may send requests to.
+    """
+
+    versions: Mapping[str, str]
+    engines: int
+
+
 class Gateways(Protocol):
     """Reads back what gateways serve."""
 
-    async def versions(self, pods: Sequence[Pod], port: int) -> Mapping[str, Mapping[str, str] | None]:
-        """Per pod name: file name to version; None when it did not answer."""
+    async def served(self, pods: Sequence[Pod], port: int) -> Mapping[str, Served | None]:
+        """Per pod name what it serves; None when it did not answer."""
 
 
 class HttpGateways:
@@ -38,12 +51,12 @@ class HttpGateways:
         self._session = session
         self._slots = asyncio.Semaphore(_AT_ONCE)
 
-    async def versions(self, pods: Sequence[Pod], port: int) -> Mapping[str, Mapping[str, str] | None]:
-        """See ``Gateways.versions``."""
+    async def served(self, pods: Sequence[Pod], port: int) -> Mapping[str, Served | None]:
+        """See ``Gateways.served``."""
         answers = await asyncio.gather(*(self._ask(pod, port) for pod in pods))
         return {pod.name: answer for pod, answer in zip(pods, answers, strict=True)}
 
-    async def _ask(self, pod: Pod, port: int) -> Mapping[str, str] | None:
+    async def _ask(self, pod: Pod, port: int) -> Served | None:
         host = f"[{pod.address}]" if ":" in pod.address else pod.address
         timeout = aiohttp.ClientTimeout(total=_TIMEOUT)
         try:
@@ -57,4 +70,4 @@ class HttpGateways:
                 text = (await answer.content.read(_LIMIT)).decode(errors="replace")
         except (aiohttp.ClientError, TimeoutError, OSError):
             return None
-        return readback.parse_versions(text)
+        return Served(readback.parse_versions(text), readback.parse_healthy(text))

@@ -75,9 +75,9 @@ class _Held:
 
 @dataclass
 class _Poll:
-    """Read-back of a revision that is not served everywhere yet; the pause grows."""
+    """Read-back of what is not served everywhere yet; the pause grows until something else is awaited."""
 
-    revision: str
+    awaited: str
     pause: float = _POLL
 
     def next(self) -> float:
@@ -351,22 +351,29 @@ class Reconciler:
         expected = versions_of(rendered.served_files())
         addresses = [Pod(pod["metadata"]["name"], pod["status"]["podIP"]) for pod in pods]
         port = rendered.topology.socket(Role.GATEWAY, "ops").port
-        answers = await self._gateways.versions(addresses, port)
+        answers = await self._gateways.served(addresses, port)
         stale = {
-            name: tuple(sorted(file for file, version in expected.items() if served.get(file) != version))
+            name: tuple(sorted(file for file, version in expected.items() if served.versions.get(file) != version))
             for name, served in answers.items()
             if served is not None
         }
-        silent = tuple(sorted(name for name, served in answers.items() if served is None))
-        if not silent and not any(stale.values()):
+        found = Gateway(
+            stale,
+            silent=tuple(sorted(name for name, served in answers.items() if served is None)),
+            unconnected=tuple(sorted(name for name, served in answers.items() if served and not served.engines)),
+        )
+        engines = self._cache.get(Ref(DEPLOYMENT, owner.namespace, owner.child(engine.ROLE)))
+        ready = read_workload(engines).ready if engines else 0
+        if not found.silent and not any(stale.values()) and not (ready and found.unconnected):
             self._polls.pop(key, None)
-            return Gateway(stale), _RESYNC
+            return found, _RESYNC
         revision = rendered.revision()
         await asyncio.gather(*(self._nudge(pod, revision) for pod in pods if stale.get(pod["metadata"]["name"])))
+        awaited = f"{revision} {ready}"
         poll = self._polls.get(key)
-        if poll is None or poll.revision != revision:
-            poll = self._polls[key] = _Poll(revision)
-        return Gateway(stale, silent), poll.next()
+        if poll is None or poll.awaited != awaited:
+            poll = self._polls[key] = _Poll(awaited)
+        return found, poll.next()
 
     async def _nudge(self, pod: KubeObject, revision: str) -> None:
         if pod["metadata"].get("annotations", {}).get(REVISION_ANNOTATION) == revision:

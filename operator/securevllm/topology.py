@@ -229,8 +229,8 @@ def plan(spec: api.Spec, context: Context) -> Topology:
         *(Outbound(item.role, Outside.DNS, context.dns, dns_ports, "name resolution") for item in pods),
     ]
     if hub is not None:
-        ports = (PortRule(hub_port(hub)),)
-        flows.append(Outbound(Role.FETCH, Outside.HUB, internet(context), ports, "downloads the model, once"))
+        hub_ports = (PortRule(hub_port(hub)),)
+        flows.append(Outbound(Role.FETCH, Outside.HUB, internet(context), hub_ports, "downloads the model, once"))
     for declared in spec.security.egress:
         ports = tuple(PortRule(item.port, item.protocol) for item in declared.ports)
         flows.append(

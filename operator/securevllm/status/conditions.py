@@ -122,6 +122,15 @@ def _revision(facts: Facts) -> Verdict | None:
     return None
 
 
+def _unconnected(facts: Facts) -> Verdict | None:
+    if not facts.served.unconnected or not facts.engine or not facts.engine.ready:
+        return None
+    return _no(
+        "NoHealthyEngine",
+        f"{', '.join(facts.served.unconnected)} found no healthy engine yet: DNS and health checks take seconds.",
+    )
+
+
 def _gateway_ready(facts: Facts) -> Verdict | None:
     count = len(facts.served.stale)
     told = f"{count} of {count} gateways serve the current revision."
@@ -178,6 +187,7 @@ _CHECKS: Mapping[str, tuple[Check, ...]] = {
         _no_client_keys,
         _rollout(lambda facts: facts.gateway, "gateways"),
         _revision,
+        _unconnected,
         _gateway_ready,
     ),
     "Isolated": (_isolation_failed, _contested, _not_measured),
@@ -244,7 +254,17 @@ class Transition:
 
 # Isolated=Unknown at creation and Stalled repeat what others say.
 _TOLD = ("Accepted", "EnginesReady", "GatewayReady", "Isolated", "Ready")
-_CALM = frozenset({"Progressing", "NotCreated", "FetchingModel", "Suspended", "RevisionUnknown", "OldRevisionServed"})
+_CALM = frozenset(
+    {
+        "Progressing",
+        "NotCreated",
+        "FetchingModel",
+        "Suspended",
+        "RevisionUnknown",
+        "OldRevisionServed",
+        "NoHealthyEngine",
+    }
+)
 
 
 def transitions(before: Iterable[Mapping[str, Any]], after: Iterable[Mapping[str, Any]]) -> list[Transition]:

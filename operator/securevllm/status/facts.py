@@ -47,10 +47,17 @@ class Fetch:
 
 @dataclass(frozen=True)
 class Gateway:
-    """What each Envoy says it serves: pod name to the files that are not the current ones; empty tuple: all current."""
+    """What the Envoys say of themselves.
+
+    Attributes:
+        stale: pod name to the files that are not the current ones; an empty tuple: all are.
+        silent: pods that did not answer.
+        unconnected: pods that know no healthy engine.
+    """
 
     stale: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     silent: tuple[str, ...] = ()
+    unconnected: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
