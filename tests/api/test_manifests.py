@@ -1,0 +1,108 @@
+"""`manifests/` on a real API server: what the README tells people to apply is taken, without a warning."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from e2e.cluster import Cluster, running
+from securevllm.context import Context
+from securevllm.settings import Settings
+
+pytestmark = pytest.mark.cluster
+
+ROOT = Path(__file__).parents[2]
+MANIFESTS = ROOT / "manifests"
+SAMPLES = sorted((MANIFESTS / "samples").glob("*.yaml"))
+ACCOUNT = "system:serviceaccount:secure-vllm-operator:secure-vllm-operator"
+
+
+@pytest.fixture(scope="module", params=["install", "install-namespaced"])
+def installed(request: pytest.FixtureRequest) -> Iterator[tuple[str, Cluster]]:
+    """A cluster of its own for each kind of installation: they use the same names."""
+    with running() as cluster:
+        kubectl(cluster, "create", "namespace", "llm")
+        yield str(request.param), cluster
+
+
+def kubectl(cluster: Cluster, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).parent / "kubectl"), "--kubeconfig", str(cluster.kubeconfig), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)  # noqa: S603 - fixed
+    assert not check or done.returncode == 0, done.stderr
+    return done
+
+
+def may(cluster: Cluster, verb: str, resource: str, namespace: str, *, subresource: str = "") -> bool:
+    question = ["auth", "can-i", verb, resource, f"--subresource={subresource}", "-n", namespace, f"--as={ACCOUNT}"]
+    answer = kubectl(cluster, *question, check=False).stdout.strip()
+    assert answer in {"yes", "no"}
+    return answer == "yes"
+
+
+def test_one_command_installs(installed: tuple[str, Cluster]) -> None:
+    variant, cluster = installed
+    done = kubectl(cluster, "apply", "-k", str(MANIFESTS / variant))
+    # The namespace warns about pods that are not restricted.
+    assert "Warning" not in done.stderr, done.stderr
+    again = kubectl(cluster, "apply", "-k", str(MANIFESTS / variant))
+    assert {line.split()[-1] for line in again.stdout.splitlines()} <= {"unchanged", "configured"}
+
+
+def test_samples_are_taken(installed: tuple[str, Cluster]) -> None:
+    _, cluster = installed
+    kubectl(cluster, "wait", "--for=condition=Established", "crd/securevllmdeployments.securevllm.io", "--timeout=30s")
+    for sample in SAMPLES:
+        taken = kubectl(cluster, "apply", "--dry-run=server", "--validate=strict", "-n", "llm", "-f", str(sample))
+        assert "Warning" not in taken.stderr, f"{sample.name}: {taken.stderr}"
+
+
+def test_rights_end_where_the_installation_says(installed: tuple[str, Cluster]) -> None:
+    variant, cluster = installed
+    everywhere = variant == "install"
+    assert may(cluster, "list", "secrets", "llm")
+    assert may(cluster, "list", "secrets", "default") is everywhere
+    assert may(cluster, "patch", "securevllmdeployments.securevllm.io", "llm", subresource="status")
+    # The Lease: only its own, only at home.
+    assert may(cluster, "update", "leases.coordination.k8s.io/secure-vllm-operator", "secure-vllm-operator")
+    assert not may(cluster, "update", "leases.coordination.k8s.io/other", "secure-vllm-operator")
+    assert not may(cluster, "update", "leases.coordination.k8s.io/secure-vllm-operator", "llm")
+    for verb, resource, subresource in [
+        ("patch", "securevllmdeployments.securevllm.io", ""),
+        ("create", "pods", ""),
+        ("delete", "pods", ""),
+        ("create", "pods", "exec"),
+        ("create", "serviceaccounts", "token"),
+        ("create", "roles.rbac.authorization.k8s.io", ""),
+        ("impersonate", "users", ""),
+    ]:
+        assert not may(cluster, verb, resource, "llm", subresource=subresource), f"{verb} {resource} {subresource}"
+
+
+def test_the_pod_is_what_the_operator_expects(installed: tuple[str, Cluster]) -> None:
+    variant, cluster = installed
+    live = json.loads(
+        kubectl(cluster, "-n", "secure-vllm-operator", "get", "deploy/secure-vllm-operator", "-o", "json").stdout
+    )
+    template = live["spec"]["template"]
+    operator = Context().operator
+    assert operator.pods is not None
+    assert set(operator.pods.labels) <= set(template["metadata"]["labels"].items())
+    container = template["spec"]["containers"][0]
+    settings = Settings(namespace="", identity="")
+    assert [port["containerPort"] for port in container["ports"]] == [settings.http_port]
+    assert container["args"] == (["run"] if variant == "install" else ["run", "--namespace=llm"])
+    assert {item["name"]: item["valueFrom"]["fieldRef"]["fieldPath"] for item in container["env"]} == {
+        "POD_NAME": "metadata.name",
+        "POD_NAMESPACE": "metadata.namespace",
+    }
+
+
+def test_the_lease_is_the_one_that_is_held() -> None:
+    rules = next(yaml.safe_load_all((MANIFESTS / "base" / "lease.yaml").read_text(encoding="utf-8")))["rules"]
+    assert rules[1]["resourceNames"] == [Settings(namespace="", identity="").lease]
