@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ import pytest
 from e2e.cluster import Cluster, load, running, start, stop
 from e2e.cluster.paths import locked
 from tests.api.kube import Kube
+from tests.api.lab import Lab, started
 from tests.api.operator_process import OperatorProcess, install, new_namespace
 
 
@@ -38,10 +40,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture(scope="session")
 def kube(cluster: Cluster) -> Iterator[Kube]:
     """Give an administrator's client of a cluster in which CRD and RBAC are installed."""
-    client = Kube(cluster.kubeconfig)
-    install(client)
-    yield client
-    client.close()
+    with closing(Kube(cluster.kubeconfig)) as client:
+        install(client)
+        yield client
 
 
 @pytest.fixture(scope="module")
@@ -71,3 +72,10 @@ def _count(folder: Path, change: int) -> int:
 def _tell(line: str) -> None:
     # Past pytest's capture: a first build takes minutes, and a silent one looks like a hang.
     print(line, file=sys.__stderr__, flush=True)
+
+
+@pytest.fixture(scope="session")
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    """A cluster for tests that stop its API server or read all of its audit log; one of its own for each worker."""
+    with started(tmp_path_factory.mktemp("lab")) as own:
+        yield own

@@ -144,7 +144,9 @@ class Kube:
         answer = self._http.request(
             method, path, params=query, json=body, headers={"Content-Type": content_type, "Accept": "application/json"}
         )
-        parsed: KubeObject = answer.json()
+        # A path that is not served (yet) gets plain text.
+        is_json = "json" in answer.headers.get("Content-Type", "")
+        parsed: KubeObject = answer.json() if is_json else {}
         if answer.is_error:
             raise Refused(
                 f"{method} {path}", answer.status_code, parsed.get("reason", ""), parsed.get("message", answer.text)
