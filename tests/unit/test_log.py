@@ -153,6 +153,8 @@ def test_a_registered_secret_is_never_in_the_output(secret: str, around: str, lo
     text = f"{around}{secret}{around}"
     logger.info("e", name=text, items=[text, {text: text}], holder=Holder(text), raw=text.encode("utf-8", "replace"))
     logger.info(text)
+    # A body that somebody put into a text: the secret in it is escaped.
+    logger.info("e", ascii=json.dumps({"k": text}), unicode=json.dumps({"k": text}, ensure_ascii=False))
     error = ValueError(text)
     error.__cause__ = KeyError(text)
     logger.error("e", exc_info=error)

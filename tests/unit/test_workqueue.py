@@ -109,6 +109,17 @@ def test_a_key_added_while_it_runs_runs_exactly_once_more() -> None:
     assert schedule.take(1000.0) is None
 
 
+def test_a_time_that_comes_while_the_key_runs_is_not_lost() -> None:
+    schedule: KeySchedule[str] = KeySchedule(EXACT)
+    schedule.add("a", 0.0)
+    schedule.take(0.0)
+    schedule.add("a", 0.0, after=1.0)
+    assert schedule.take(2.0) is None
+    schedule.succeed("a", 3.0, None)
+
+    assert schedule.take(3.0) == "a"
+
+
 def test_a_hot_key_goes_to_the_end() -> None:
     schedule: KeySchedule[str] = KeySchedule(EXACT)
     for key in "abc":
