@@ -98,7 +98,16 @@ def start(name: str, command: list[str], folder: Path) -> ProcessIdentity:
             command, cwd=folder, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
         )
     _children[process.pid] = process
-    identity = ProcessIdentity.of(process.pid)
+    return record(folder, name, process.pid)
+
+
+def record(folder: Path, name: str, pid: int) -> ProcessIdentity:
+    """Remember a process of this name, for `stop` and `stop_all`.
+
+    Raises:
+        ProcessLookupError: It has ended already.
+    """
+    identity = ProcessIdentity.of(pid)
     pid_file(folder, name).write_text(identity.to_json(), encoding="ascii")
     return identity
 
@@ -116,6 +125,12 @@ def stop(folder: Path, name: str, grace: float = 5.0) -> None:
     if identity := recorded(folder, name):
         identity.stop(grace)
     pid_file(folder, name).unlink(missing_ok=True)
+
+
+def stop_all(folder: Path, grace: float = 0.5) -> None:
+    """Stop everything that is recorded in a folder, which may not exist."""
+    for path in folder.glob("*.pid"):
+        stop(folder, path.name.removesuffix(".pid"), grace)
 
 
 def pid_file(folder: Path, name: str) -> Path:

@@ -32,7 +32,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from e2e.cluster import binaries, kind, kubeconfig, local
+from e2e.cluster import binaries, daemon, kind, kubeconfig, local
 from e2e.cluster.daemon import ProcessIdentity, current_realm
 from e2e.cluster.errors import ClusterError
 from e2e.cluster.paths import clusters_folder, locked
@@ -211,6 +211,11 @@ def load(name: str) -> Cluster | None:
     return _cluster(folder) if _wanted(folder) and "server" in _read_state(folder) else None
 
 
+def processes_folder(folder: Path) -> Path:
+    """Return where a hollow node records its processes, so that they end with the cluster also after a crash."""
+    return folder / "processes"
+
+
 def names() -> list[str]:
     """Return the names of all clusters that have a folder, running or not."""
     folder = clusters_folder()
@@ -256,6 +261,7 @@ def _stop(name: str, folder: Path) -> None:
     if state.get("provider") == "kind":
         kind.stop(name, folder)
     if folder.exists():
+        daemon.stop_all(processes_folder(folder))
         local.stop(folder)
         shutil.rmtree(folder)
 
