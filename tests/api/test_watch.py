@@ -343,6 +343,18 @@ async def test_an_event_that_cannot_be_taken_ends_the_watcher(
             await running
 
 
+async def test_watching_writes_nothing(cluster: Cluster, kubernetes: KubernetesClient, namespace: str) -> None:
+    if cluster.audit_log is None:
+        pytest.skip(f"provider {cluster.provider}: no audit log to read")
+    store, seen = Store([Watched(CONFIG_MAP, OURS), Watched(SECRET, OURS)], namespaces=[namespace]), Seen()
+    async with watching(cluster, kubernetes, store, seen):
+        await until(lambda: store.unsynced() is None)
+        await streaming(kubernetes, store, namespace)
+
+    verbs = {event["verb"] for event in cluster.audit_events() if event.get("userAgent", "").startswith("kopf")}
+    assert verbs == {"get", "list", "watch"}
+
+
 @pytest.fixture(scope="module")
 def own_cluster(cluster: Cluster) -> Iterator[Cluster]:
     """A second cluster, because its API server is stopped."""
