@@ -324,7 +324,8 @@ def _signals_raise() -> Iterator[None]:
         return
 
     def leave(number: int, _frame: FrameType | None) -> NoReturn:
-        raise SystemExit(128 + number)
+        # Not SystemExit: pytest takes that for a failed test and goes on.
+        raise KeyboardInterrupt(signal.Signals(number).name)
 
     taken = [number for number in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(number) == signal.SIG_DFL]
     for number in taken:
