@@ -1,0 +1,188 @@
+"""A control plane of its own with nothing in it but the rights of an installation.
+
+Tests that stop the API server, or that read the whole audit log as evidence, must not share one with others.
+"""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from e2e.cluster import running
+from securevllm.api import kinds
+from securevllm.api.kinds import KubeObject, Ref
+from securevllm.api.parse import parse
+from securevllm.context import Context
+from securevllm.drift import additions, covers
+from securevllm.render import Observed, Rendered, engine, fetch, gateway, keys, render
+from securevllm.render.meta import Owner
+from tests.api.audit import Audit, Request
+from tests.api.children import bare, children, defaulted
+from tests.api.kube import Kube, Refused
+from tests.api.operator_process import OPERATOR_NAMESPACE, SERVICE_ACCOUNT, OperatorProcess, install
+
+if TYPE_CHECKING:
+    from e2e.cluster import Cluster
+
+_RBAC = "rbac.authorization.k8s.io/v1"
+_BINDINGS = {
+    "ClusterRoleBinding": f"/apis/{_RBAC}/clusterrolebindings",
+    "RoleBinding": f"/apis/{_RBAC}/namespaces/{OPERATOR_NAMESPACE}/rolebindings",
+}
+
+
+@dataclass(frozen=True)
+class Lab:
+    """The control plane.
+
+    Attributes:
+        cluster: its processes.
+        kube: an administrator.
+        audit: everything that was asked of it.
+        folder: for logs and kubeconfigs of operators.
+        installed: objects of ``manifests/install`` that were applied: CRD, service account, rights.
+    """
+
+    cluster: Cluster
+    kube: Kube
+    audit: Audit
+    folder: Path
+    installed: tuple[KubeObject, ...]
+
+    def operator(self, name: str, **options: Any) -> OperatorProcess:
+        """An operator that is not started yet; options as of ``OperatorProcess``."""
+        return OperatorProcess(self.cluster, self.kube, self.folder / name, **options)
+
+    def twin(self, account: str) -> str:
+        """Another service account with the same rights, so that the audit log tells two replicas apart; its user."""
+        metadata = {"name": account, "namespace": OPERATOR_NAMESPACE}
+        _create(self.kube, "/api/v1/namespaces/" + OPERATOR_NAMESPACE + "/serviceaccounts", {"metadata": metadata})
+        subject = {"kind": "ServiceAccount", **metadata}
+        for obj in self.installed:
+            ours = {"kind": "ServiceAccount", "name": SERVICE_ACCOUNT, "namespace": OPERATOR_NAMESPACE}
+            if obj["kind"] in _BINDINGS and ours in obj["subjects"]:
+                name = f"{obj['metadata']['name']}-{account}"
+                binding = {"metadata": {"name": name}, "roleRef": obj["roleRef"], "subjects": [subject]}
+                _create(self.kube, _BINDINGS[obj["kind"]], {"apiVersion": _RBAC, "kind": obj["kind"], **binding})
+        return f"system:serviceaccount:{OPERATOR_NAMESPACE}:{account}"
+
+
+@contextmanager
+def started(folder: Path) -> Iterator[Lab]:
+    """Run one for the length of a ``with`` block; 5 to 10 s until it is there."""
+    with running() as cluster:
+        kube = Kube(cluster.kubeconfig)
+        try:
+            yield Lab(cluster, kube, Audit(cluster), folder, tuple(install(kube)))
+        finally:
+            kube.close()
+
+
+def _create(kube: Kube, path: str, body: KubeObject) -> None:
+    try:
+        kube.request("POST", path, body)
+    except Refused as refused:
+        if refused.reason != "AlreadyExists":
+            raise
+
+
+# ------------------------------------------------------------------------------------------------- what should be there
+
+
+def expected(kube: Kube, resource: KubeObject) -> Rendered:
+    """What ``render`` says of a resource and the Secrets that were made for it, rendered here and now."""
+    metadata = resource["metadata"]
+    owner = Owner(metadata["name"], metadata["namespace"], metadata["uid"])
+    accepted = parse(owner.name, resource["spec"])
+    made = owner.child(gateway.CLIENT_KEYS_SUFFIX)
+    clients = {made: secret_data(kube, Ref(kinds.SECRET, owner.namespace, made))}
+    seal = secret_data(kube, Ref(kinds.SECRET, owner.namespace, engine.key_secret(owner))).get(engine.SEAL, b"")
+    done = [job["metadata"]["name"] for job in kube.list(kinds.JOB, owner.namespace) if job["status"].get("succeeded")]
+    observed = Observed(
+        client_keys=keys.judge(clients).keys, fetched=frozenset(done) & {fetch.job_name(owner, accepted.spec)}
+    )
+    return render(owner, accepted, Context(), Observed(**{**vars(observed), "seal_key": seal}))
+
+
+def secret_data(kube: Kube, ref: Ref) -> dict[str, bytes]:
+    """Decoded data of a Secret; nothing when there is none."""
+    secret = kube.find(ref) or {}
+    return {name: base64.b64decode(value) for name, value in secret.get("data", {}).items()}
+
+
+def differences(kube: Kube, namespace: str) -> list[str]:
+    """How the children of all resources of a namespace differ from what is rendered; empty: not at all."""
+    live = children(kube, namespace)
+    told: list[str] = []
+    known: set[Ref] = set()
+    for resource in kube.list(kinds.SECURE_VLLM_DEPLOYMENT, namespace):
+        rendered = expected(kube, resource)
+        wanted = {Ref.of(obj): obj for obj in rendered.objects()}
+        generated = {Ref.of(item.object) for item in rendered.generated}
+        known |= {*wanted, *generated}
+        told += [f"{ref} is missing" for ref in {*wanted, *generated} - {*live}]
+        for ref in {*wanted} & {*live}:
+            if not covers(wanted[ref], live[ref]):
+                told.append(f"{ref} is not as rendered")
+            told += [f"{ref} has {path} beside what is rendered" for path in additions(wanted[ref], live[ref])]
+    told += [f"{ref} is not rendered" for ref in {*live} - known]
+    return sorted(told)
+
+
+def as_rendered(kube: Kube, namespace: str) -> bool:
+    """For ``eventually``: whether ``differences`` finds none.
+
+    Raises:
+        AssertionError: with what it found.
+    """
+    assert differences(kube, namespace) == []
+    return True
+
+
+def inexact(kube: Kube, namespace: str, scratch: str) -> list[Ref]:
+    """Children that are not, to the last field, what the API server makes of the rendered object.
+
+    Args:
+        kube: an administrator.
+        namespace: of the resources.
+        scratch: another namespace, for dry runs.
+    """
+    live = children(kube, namespace)
+    return [
+        ref
+        for resource in kube.list(kinds.SECURE_VLLM_DEPLOYMENT, namespace)
+        for ref, obj in ((Ref.of(obj), obj) for obj in expected(kube, resource).objects())
+        if bare(live[ref]) != defaulted(kube, obj, scratch)
+    ]
+
+
+def policies_before_pods(requests: Sequence[Request], users: set[str]) -> list[str]:
+    """Writes of pod templates at a moment when a policy of theirs was not there, in the order of the audit log.
+
+    Args:
+        requests: all requests to one namespace, of everybody (the garbage collector deletes policies too).
+        users: the operators.
+    """
+    present: set[str] = set()
+    told = []
+    for request in requests:
+        if not request.done:
+            continue
+        if request.resource == "networkpolicies":
+            if request.verb == "delete":
+                present.discard(request.name)
+            else:
+                present.add(request.name)
+        elif request.resource in {"deployments", "jobs"} and request.user in users and not request.subresource:
+            role = request.name.rpartition("-")[2] if request.resource == "deployments" else "fetch"
+            owner = request.name.partition(f"-{role}")[0]
+            missing = {"securevllm-default-deny", f"{owner}-{role}"} - present
+            if request.verb != "delete" and missing:
+                told.append(
+                    f"{request.verb} {request.resource} {request.name} at {request.began}: no {sorted(missing)}"
+                )
+    return told
