@@ -1,0 +1,60 @@
+"""The frame of the project agrees with itself: lock files, version, manifests."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+from securevllm import __version__
+
+ROOT = Path(__file__).parents[2]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+RUNTIME = PROJECT["project"]["dependencies"]
+DEVELOPMENT = PROJECT["dependency-groups"]["dev"]
+
+
+def _pins(name: str) -> dict[str, str]:
+    """Name to version; every pin must have a hash."""
+    text = (ROOT / "requirements" / name).read_text(encoding="utf-8")
+    entries = re.split(r"\n(?=\S)", re.sub(r"^#.*\n", "", text, flags=re.MULTILINE).strip())
+    found: dict[str, str] = {}
+    for entry in entries:
+        match = re.match(r"([A-Za-z0-9._-]+)==([^\s;]+)", entry)
+        assert match is not None, f"{name}: not a pin: {entry.splitlines()[0]}"
+        assert "--hash=sha256:" in entry, f"{name}: {match[1]} has no hash"
+        found[canonicalize_name(match[1])] = match[2]
+    return found
+
+
+@pytest.mark.parametrize(("lock", "wanted"), [("operator.lock", RUNTIME), ("dev.lock", RUNTIME + DEVELOPMENT)])
+def test_lock_files_are_those_of_pyproject(lock: str, wanted: list[str]) -> None:
+    pins = _pins(lock)
+    for text in wanted:
+        requirement = Requirement(text)
+        version = pins.get(canonicalize_name(requirement.name))
+        assert version is not None, f"{requirement.name} is not in {lock}: make lock"
+        assert requirement.specifier.contains(version, prereleases=True), f"{lock} has {version}, wanted {text}"
+
+
+def test_what_is_tested_is_what_the_image_holds() -> None:
+    assert _pins("operator.lock").items() <= _pins("dev.lock").items()
+
+
+def test_manifests_and_changelog_are_of_this_version() -> None:
+    base = yaml.safe_load((ROOT / "manifests" / "base" / "kustomization.yaml").read_text(encoding="utf-8"))
+    assert [image["newTag"] for image in base["images"]] == [__version__]
+    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+
+
+def test_both_installations_have_the_same_parts() -> None:
+    parts = [
+        yaml.safe_load((ROOT / "manifests" / folder / "kustomization.yaml").read_text(encoding="utf-8"))["resources"]
+        for folder in ("install", "install-namespaced")
+    ]
+    assert parts[0] == parts[1]
