@@ -98,7 +98,10 @@ def _same_quantity(ours: Any, theirs: Any) -> bool:
 def additions(rendered: Object, live: Object) -> Iterator[str]:
     """Paths that other managers own and that were not rendered, ``.status`` and controllers' own notes aside."""
     for entry in live["metadata"].get("managedFields", ()):
-        if entry.get("manager") == FIELD_MANAGER or entry.get("subresource") == "status":
+        if entry.get("subresource") == "status":
+            continue
+        # What we once wrote by PUT is ours as "Update": no later apply would ever remove it.
+        if entry.get("manager") == FIELD_MANAGER and entry.get("operation") == "Apply":
             continue
         yield from _added(entry.get("fieldsV1", {}), rendered, "")
 

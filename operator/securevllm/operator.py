@@ -213,7 +213,14 @@ class _Process:
             )
             elector = Elector(election, lease, on_lost=_abort)
             kubernetes = await stack.enter_async_context(
-                connect(login, fence=elector.may_write, observe=metrics.api_request, instance=settings.identity)
+                connect(
+                    login,
+                    fence=elector.may_write,
+                    observe=metrics.api_request,
+                    # A write that starts right before the renew deadline must end before the lease does (I9).
+                    timeout=lease.lease_duration - lease.renew_deadline - 1,
+                    instance=settings.identity,
+                )
             )
             session = await stack.enter_async_context(aiohttp.ClientSession(trust_env=False))
             process = cls(settings, kubernetes, elector, session, metrics)
