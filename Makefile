@@ -19,8 +19,8 @@ help:
 ##@ Two commands
 
 .PHONY: demo
-demo: setup ## bring up a cluster, install, apply the quickstart, send five requests, clean up
-	@$(BIN)/python -m e2e.demo
+demo: setup ## bring up a cluster, install, apply the quickstart, send five requests, clean up; KEEP=1 stays up
+	@$(BIN)/python -m e2e.demo $(if $(KEEP),--keep)
 
 .PHONY: test
 test: setup ## all test tiers and a summary; TIERS="unit golden" runs only those
