@@ -19,7 +19,7 @@ from securevllm.api.kinds import Kind, KubeObject, Ref
 from securevllm.context import FIELD_MANAGER
 from securevllm.drift import Action
 from securevllm.errors import AlreadyExists, ApiError, Conflict, ForeignObject, LeadershipLost, NotFound, Unavailable
-from securevllm.render.meta import MANAGED_BY, Object
+from securevllm.render.meta import HASH_ANNOTATION, MANAGED_BY, Object
 
 if TYPE_CHECKING:
     from securevllm.cluster import Kubernetes
@@ -53,9 +53,17 @@ class Cache(Protocol):
 
 @dataclass
 class _Memory:
-    """What this process knows of one child since it started."""
+    """What this process knows of one child since it started.
+
+    Attributes:
+        settled: ``drift.footprint`` after the last own write.
+        applied: ``HASH_ANNOTATION`` of what was written last.
+        repairs: when drift was repaired, monotonic seconds.
+        pause_until: contested; no repair before.
+    """
 
     settled: str | None = None
+    applied: str | None = None
     repairs: deque[float] = field(default_factory=lambda: deque(maxlen=_CONTEST_REPEATS + 1))
     pause_until: float = 0.0
 
@@ -134,17 +142,24 @@ class Children:
             action = drift.judge(obj, live, memory.settled)
             if action is not Action.KEEP and memory.pause_until > self._monotonic():
                 return
+        wanted = obj["metadata"]["annotations"][HASH_ANNOTATION]
         if live is None or action is Action.APPLY:
+            drifted = live is not None and memory.applied == wanted
             live = await self._kubernetes.apply(obj)
             self._cache.put(live)
+            memory.applied = wanted
+            if drifted:
+                # Said already: whoever changes the hash itself must not cause a storm either.
+                self._note_repair(ref, memory)
             action = drift.judge(obj, live, None)
         if action is Action.KEEP:
             memory.settled = drift.footprint(live)
+            memory.applied = wanted
             return
         memory.settled = None
         log.info("drift repaired", kind=ref.kind.kind, name=ref.name, added=[*drift.additions(obj, live)][:5])
         live = await self._kubernetes.replace(drift.replacement(obj, live))
-        memory.settled = drift.footprint(live)
+        memory.settled, memory.applied = drift.footprint(live), wanted
         self._cache.put(live)
         self._note_repair(ref, memory)
 

@@ -227,6 +227,8 @@ class _Streams:
                 stop_flag=self._stop,
             )
         finally:
+            # kopf leaves generators suspended in an event; asyncio ends them, and would tell each of it as an error.
+            asyncio.get_running_loop().set_exception_handler(lambda *_: None)
             # kopf closes its sessions without waiting for the TLS connections to be shut down.
             await asyncio.sleep(_CLOSE_SECONDS)
 
