@@ -157,10 +157,10 @@ def _pytest(tier: Tier) -> Result:
     code = _watch(tier, command, env={"COVERAGE_FILE": str(OUTPUT / f"coverage.{tier.name}")})
     result = _read_junit(report) if report.exists() else Result()
     result.log = log = OUTPUT / f"{tier.name}.log"
-    if code != 0 and not result.failed:
-        # Nothing collected, an interrupted run, a crash: pytest's own word for it is in the log.
-        result.failed += 1
-        _append(log, f"{tier.name}: pytest ended with exit code {code} and reported no failed test\n")
+    if code not in {0, 1} or (code == 1 and not result.failed):
+        # Nothing collected, a crash, interrupted: the report calls a test that was cut off passed, so none is believed.
+        result.passed, result.failed = 0, max(1, result.failed)
+        _append(log, f"{tier.name}: no result, pytest ended with exit code {code}\n")
     return result
 
 

@@ -1,0 +1,104 @@
+"""`make test` itself: it runs on after a failure, counts right, and never takes a tier without a result for a pass."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tools import test_tiers as runner
+
+Run = Callable[..., tuple[int, list[str]]]
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """Run tiers whose only test file is given as text; gives exit code and printed lines."""
+    monkeypatch.setattr(runner, "ROOT", tmp_path)
+    monkeypatch.setattr(runner, "OUTPUT", tmp_path / "build")
+    monkeypatch.delenv("CI", raising=False)
+
+    def running(
+        names: list[str] | None = None, *, cluster: str = "", seconds: int = 60, **tiers: str
+    ) -> tuple[int, list[str]]:
+        for name, text in tiers.items():
+            folder = tmp_path / "tests" / name
+            folder.mkdir(parents=True)
+            (folder / f"test_{name}.py").write_text(text, encoding="utf-8")
+        monkeypatch.setattr(
+            runner,
+            "TIERS",
+            tuple(runner.Tier(name, name, workers=0, seconds=seconds, cluster=name == cluster) for name in tiers),
+        )
+        code = runner.main(names or [])
+        return code, capfd.readouterr().out.splitlines()
+
+    return running
+
+
+PASSES = "def test_a(): pass\ndef test_b(): pass\n"
+FAILS = "def test_a(): assert 1 == 2\n"
+SKIPS = "import pytest\ndef test_a(): pytest.skip('no envoy')\n"
+
+
+def test_all_tiers_run_and_are_summed_up(run: Run) -> None:
+    code, lines = run(first=FAILS, second=PASSES, third=SKIPS)
+    assert code == 1
+    assert lines[-1] == "2 passed, 1 failed, 1 skipped"
+    assert any("assert 1 == 2" in line for line in lines), "the output of a failed tier is shown"
+    assert any("1 x" in line and "no envoy" in line for line in lines), "a skip is told with its reason"
+
+
+def test_only_the_named_tiers_run(run: Run) -> None:
+    code, lines = run(["second"], first=FAILS, second=PASSES)
+    assert (code, lines[-1]) == (0, "2 passed, 0 failed, 0 skipped")
+
+
+def test_a_name_that_is_no_tier_is_wrong_usage(run: Run) -> None:
+    code, lines = run(["scond"], second=PASSES)
+    assert code == 2
+    assert "there are: second" in lines[-1]
+
+
+@pytest.mark.parametrize("text", ["", "import no_such_module\n"], ids=["no test", "not importable"])
+def test_a_tier_without_a_test_fails(run: Run, text: str) -> None:
+    code, lines = run(empty=text)
+    assert (code, lines[-1]) == (1, "0 passed, 1 failed, 0 skipped")
+
+
+def test_a_tier_that_hangs_is_ended_and_fails(run: Run) -> None:
+    code, lines = run(seconds=3, hangs="import time\ndef test_a(): time.sleep(60)\n")
+    assert (code, lines[-1]) == (1, "0 passed, 1 failed, 0 skipped")
+    assert any("ended after 3 s, it hangs" in line for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("ci", "code", "last"), [("true", 1, "2 passed, 1 failed, 0 skipped"), ("", 0, "2 passed, 0 failed, 1 skipped")]
+)
+def test_a_tier_that_cannot_run_is_never_a_pass(
+    run: Run, monkeypatch: pytest.MonkeyPatch, ci: str, code: int, last: str
+) -> None:
+    def no_go() -> subprocess.Popen[bytes]:
+        with (runner.OUTPUT / "build.log").open("wb") as log:
+            return subprocess.Popen(
+                ["/bin/sh", "-c", "echo error: no usable Go; exit 1"], stdout=log, start_new_session=True
+            )
+
+    monkeypatch.setattr(runner, "_start_build", no_go)
+    monkeypatch.setenv("CI", ci)
+    got, lines = run(cluster="api", unit=PASSES, api=PASSES)
+    assert (got, lines[-1]) == (code, last)
+    assert any("could not run" in line and "no usable Go" in line for line in lines)
+    assert any("NOT RUN" in line for line in lines)
+
+
+def test_coverage_is_not_measured_over_half_of_the_tests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    tiers = (runner.Tier("unit", "", workers=0, coverage=True), runner.Tier("coverage", ""))
+    monkeypatch.setattr(runner, "TIERS", tiers)
+    result = runner._coverage(tiers[1], {"unit": runner.Result(passed=1, failed=1)})
+    assert "did not" in result.missing
+    assert (result.passed, result.failed) == (0, 0)
