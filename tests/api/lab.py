@@ -6,11 +6,14 @@ Tests that stop the API server, or that read the whole audit log as evidence, mu
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import httpx
 
 from e2e.cluster import running
 from securevllm.api import kinds
@@ -19,20 +22,17 @@ from securevllm.api.parse import parse
 from securevllm.context import Context
 from securevllm.drift import additions, covers
 from securevllm.render import Observed, Rendered, engine, fetch, gateway, keys, render
-from securevllm.render.meta import Owner
+from securevllm.render.meta import DENY_NAME, Owner
 from tests.api.audit import Audit, Request
 from tests.api.children import bare, children, defaulted
 from tests.api.kube import Kube, Refused
-from tests.api.operator_process import OPERATOR_NAMESPACE, SERVICE_ACCOUNT, OperatorProcess, install
+from tests.api.operator_process import OPERATOR_NAMESPACE, PATHS, SERVICE_ACCOUNT, OperatorProcess, install
 
 if TYPE_CHECKING:
     from e2e.cluster import Cluster
 
-_RBAC = "rbac.authorization.k8s.io/v1"
-_BINDINGS = {
-    "ClusterRoleBinding": f"/apis/{_RBAC}/clusterrolebindings",
-    "RoleBinding": f"/apis/{_RBAC}/namespaces/{OPERATOR_NAMESPACE}/rolebindings",
-}
+OURS = {"kind": "ServiceAccount", "name": SERVICE_ACCOUNT, "namespace": OPERATOR_NAMESPACE}
+"""Subject of the bindings of an installation."""
 
 
 @dataclass(frozen=True)
@@ -57,17 +57,38 @@ class Lab:
         """An operator that is not started yet; options as of ``OperatorProcess``."""
         return OperatorProcess(self.cluster, self.kube, self.folder / name, **options)
 
-    def twin(self, account: str) -> str:
-        """Another service account with the same rights, so that the audit log tells two replicas apart; its user."""
+    def forbidden(self) -> list[str]:
+        """What any operator asked for without the right to it; what a namespace refuses because it ends is left out."""
+        accounts = f"system:serviceaccount:{OPERATOR_NAMESPACE}:"
+        return [
+            f"{event['verb']} {event['requestURI']}"
+            for event in self.cluster.audit_events()
+            if event["user"].get("username", "").startswith(accounts)
+            and event.get("annotations", {}).get("authorization.k8s.io/decision") == "forbid"
+        ]
+
+    def twin(self, account: str, installed: Sequence[KubeObject] = ()) -> str:
+        """Another service account with the rights of an installation: the audit log tells two operators apart.
+
+        Args:
+            account: its name.
+            installed: objects of that installation; empty: ``manifests/install``.
+
+        Returns:
+            Its user.
+        """
         metadata = {"name": account, "namespace": OPERATOR_NAMESPACE}
-        _create(self.kube, "/api/v1/namespaces/" + OPERATOR_NAMESPACE + "/serviceaccounts", {"metadata": metadata})
-        subject = {"kind": "ServiceAccount", **metadata}
-        for obj in self.installed:
-            ours = {"kind": "ServiceAccount", "name": SERVICE_ACCOUNT, "namespace": OPERATOR_NAMESPACE}
-            if obj["kind"] in _BINDINGS and ours in obj["subjects"]:
-                name = f"{obj['metadata']['name']}-{account}"
-                binding = {"metadata": {"name": name}, "roleRef": obj["roleRef"], "subjects": [subject]}
-                _create(self.kube, _BINDINGS[obj["kind"]], {"apiVersion": _RBAC, "kind": obj["kind"], **binding})
+        _create(self.kube, Ref(kinds.SERVICE_ACCOUNT, OPERATOR_NAMESPACE, account).path(), {"metadata": metadata})
+        for obj in installed or self.installed:
+            if OURS in obj.get("subjects", ()):
+                body = {
+                    "apiVersion": obj["apiVersion"],
+                    "kind": obj["kind"],
+                    "metadata": obj["metadata"] | {"name": f"{obj['metadata']['name']}-{account}"},
+                    "roleRef": obj["roleRef"],
+                    "subjects": [OURS | {"name": account}],
+                }
+                _create(self.kube, PATHS[obj["kind"]].format_map({"namespace": "", **body["metadata"]}), body)
         return f"system:serviceaccount:{OPERATOR_NAMESPACE}:{account}"
 
 
@@ -77,14 +98,16 @@ def started(folder: Path) -> Iterator[Lab]:
     with running() as cluster:
         kube = Kube(cluster.kubeconfig)
         try:
-            yield Lab(cluster, kube, Audit(cluster), folder, tuple(install(kube)))
+            lab = Lab(cluster, kube, Audit(cluster), folder, tuple(install(kube)))
+            yield lab
+            assert lab.forbidden() == []
         finally:
             kube.close()
 
 
 def _create(kube: Kube, path: str, body: KubeObject) -> None:
     try:
-        kube.request("POST", path, body)
+        kube.request("POST", path.rpartition("/")[0], body)
     except Refused as refused:
         if refused.reason != "AlreadyExists":
             raise
@@ -161,28 +184,30 @@ def inexact(kube: Kube, namespace: str, scratch: str) -> list[Ref]:
 
 
 def policies_before_pods(requests: Sequence[Request], users: set[str]) -> list[str]:
-    """Writes of pod templates at a moment when a policy of theirs was not there, in the order of the audit log.
+    """Writes of pod templates by operators before the policies of that resource had been made.
+
+    A policy that a person deletes counts as there: no operator can close the moment between the deletion and its own
+    next look, and the default-deny is what isolates then. A resource that is created (by apply) begins without any.
 
     Args:
-        requests: all requests to one namespace, of everybody (the garbage collector deletes policies too).
+        requests: all requests to one namespace, of everybody, in the order of the audit log.
         users: the operators.
     """
-    present: set[str] = set()
+    made: set[str] = set()
     told = []
     for request in requests:
-        if not request.done:
+        if not request.done or request.subresource:
             continue
-        if request.resource == "networkpolicies":
-            if request.verb == "delete":
-                present.discard(request.name)
-            else:
-                present.add(request.name)
-        elif request.resource in {"deployments", "jobs"} and request.user in users and not request.subresource:
-            role = request.name.rpartition("-")[2] if request.resource == "deployments" else "fetch"
-            owner = request.name.partition(f"-{role}")[0]
-            missing = {"securevllm-default-deny", f"{owner}-{role}"} - present
-            if request.verb != "delete" and missing:
-                told.append(
-                    f"{request.verb} {request.resource} {request.name} at {request.began}: no {sorted(missing)}"
-                )
+        if request.resource == "securevllmdeployments" and request.code == httpx.codes.CREATED:
+            made -= {f"{request.name}-{role}" for role in ("engine", "gateway", "fetch")}
+        elif request.resource == "networkpolicies":
+            if request.verb != "delete":
+                made.add(request.name)
+            elif request.user in users:
+                made.discard(request.name)
+        elif request.resource in {"deployments", "jobs"} and request.user in users and request.verb != "delete":
+            policy = re.sub(r"-fetch-\w+$", "-fetch", request.name)
+            if missing := {DENY_NAME, policy} - made:
+                what = f"{request.verb} {request.resource} {request.name}"
+                told.append(f"{what} at {request.began}: no {', '.join(sorted(missing))}")
     return told

@@ -34,7 +34,7 @@ OPERATOR_NAMESPACE = "secure-vllm-operator"
 SERVICE_ACCOUNT = "secure-vllm-operator"
 USER = f"system:serviceaccount:{OPERATOR_NAMESPACE}:{SERVICE_ACCOUNT}"
 
-_PATHS = {
+PATHS = {
     "ServiceAccount": "/api/v1/namespaces/{namespace}/serviceaccounts/{name}",
     "ClusterRole": "/apis/rbac.authorization.k8s.io/v1/clusterroles/{name}",
     "ClusterRoleBinding": "/apis/rbac.authorization.k8s.io/v1/clusterrolebindings/{name}",
@@ -57,10 +57,10 @@ def install(kube: Kube, folder: Path = INSTALL) -> list[KubeObject]:
     """
     command = [str(Path(sys.executable).parent / "kubectl"), "kustomize", str(folder)]
     built = subprocess.run(command, check=True, capture_output=True, text=True)  # noqa: S603 - fixed arguments
-    objects = [obj for obj in yaml.safe_load_all(built.stdout) if obj["kind"] in _PATHS]
+    objects = [obj for obj in yaml.safe_load_all(built.stdout) if obj["kind"] in PATHS]
     objects.sort(key=lambda obj: obj["kind"] not in {"Namespace", "CustomResourceDefinition"})
     for obj in objects:
-        path = _PATHS[obj["kind"]].format_map({"namespace": "", **obj["metadata"]})
+        path = PATHS[obj["kind"]].format_map({"namespace": "", **obj["metadata"]})
         query = {"fieldManager": "install", "force": "true"}
         kube.request("PATCH", path, obj, query=query, content_type="application/apply-patch+yaml")
     eventually(lambda: kube.list(SECURE_VLLM_DEPLOYMENT, "default") == [])
