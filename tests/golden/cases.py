@@ -1,0 +1,184 @@
+"""A golden case: a resource, perhaps what was observed, and everything that the core makes of both, as readable text.
+
+A case is one YAML file: a SecureVLLMDeployment, and as an optional second document
+
+* ``clusterRanges`` of the `Context`, ``clientKeys``: client id to key, ``fetched``: the fetch Job is complete,
+* ``pins``: workload name to fields that its pinned template differs in (I11), ``restartAt``,
+* ``facts``: fields of `Facts` for ``status.yaml``; absent: no status.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from securevllm.api.parse import Accepted, parse
+from securevllm.context import CidrPeer, Context, Peer, Selector
+from securevllm.render import Observed, Rendered, accepted, fetch, render
+from securevllm.render.envoy import ClientKey
+from securevllm.render.meta import Object, Owner
+from securevllm.status import Facts, Fetch, Gateway, Workload, status
+from securevllm.topology import Inbound, Internal, Outbound, Socket, Topology
+
+HERE = Path(__file__).parent
+NAMES = tuple(sorted(path.stem for path in (HERE / "cases").glob("*.yaml")))
+NOW = "2026-01-02T03:04:05Z"
+_WIDTH = 120
+
+
+@dataclass(frozen=True)
+class Case:
+    """A case, judged and rendered."""
+
+    owner: Owner
+    accepted: Accepted
+    rendered: Rendered
+    second: Mapping[str, Any]
+
+
+@cache
+def load(name: str) -> Case:
+    """Read and render a case.
+
+    Raises:
+        SpecError: the case is not a valid resource.
+    """
+    documents = list(yaml.safe_load_all((HERE / "cases" / f"{name}.yaml").read_text(encoding="utf-8")))
+    resource, second = documents[0], documents[1] if len(documents) > 1 else {}
+    metadata = resource["metadata"]
+    owner = Owner(metadata["name"], metadata["namespace"], f"uid-of-{metadata['name']}")
+    judged = parse(owner.name, resource["spec"])
+    context = Context(cluster_ranges=tuple(second.get("clusterRanges", ())))
+    observed = Observed(
+        client_keys=tuple(ClientKey(client, key) for client, key in second.get("clientKeys", {}).items()),
+        fetched=frozenset({fetch.job_name(owner, judged.spec)}) if second.get("fetched") else frozenset(),
+        restart_at=second.get("restartAt", ""),
+        seal_key=b"the seal of golden cases",
+    )
+    if second.get("pins"):
+        observed = replace(observed, pins=_pins(owner, render(owner, judged, context, observed), second["pins"]))
+    return Case(owner, judged, render(owner, judged, context, observed), second)
+
+
+def _pins(owner: Owner, fresh: Rendered, changes: Mapping[str, Any]) -> dict[str, accepted.Pin]:
+    """The pins of an older release: today's templates, with other fields in their container."""
+    kept = accepted.read(owner, fresh.configuration[0]["data"], b"the seal of golden cases")
+    if kept is None:
+        raise AssertionError("the rendered ConfigMap has no valid seal")
+    pins = dict(kept.pins)
+    for name, fields in changes.items():
+        template = json.loads(json.dumps(pins[name].template))
+        template["spec"]["containers"][0].update(fields)
+        pins[name] = replace(pins[name], template=template)
+    return pins
+
+
+def files(case: Case) -> dict[str, str]:
+    """Relative path to text of everything that is compared."""
+    made = case.rendered
+    texts = {"objects.yaml": "".join(f"---\n{_yaml(obj)}" for obj in _shown(made)), "explain.txt": explain(made)}
+    for file, text in {**made.gateway_files, "api_keys.yaml": made.keys_file}.items():
+        if text:
+            texts[f"envoy/{file}"] = _yaml(json.loads(text))
+    if "facts" in case.second:
+        texts["status.yaml"] = _yaml(status(_facts(case), {}, NOW))
+    return texts
+
+
+def _shown(made: Rendered) -> Iterator[Object]:
+    """Objects in apply order. Envoy's files stand in `envoy/`, so their place in ConfigMap and Secret holds a note."""
+    yield made.deny
+    yield from made.isolation
+    yield from (item.object for item in made.generated)
+    for obj in (*made.configuration, *made.workloads):
+        shown = dict(obj)
+        for field in ("data", "stringData"):
+            if field in shown:
+                shown[field] = {key: _readable(key, text) for key, text in shown[field].items()}
+        yield shown
+
+
+def _readable(key: str, text: str) -> Any:
+    if key == "seal":
+        return "(HMAC of the above)"
+    if key.endswith(".json"):
+        return json.loads(text)
+    return f"(envoy/{key})"
+
+
+def _yaml(value: Any) -> str:
+    return str(yaml.safe_dump(json.loads(json.dumps(value)), sort_keys=False, width=_WIDTH, allow_unicode=True))
+
+
+def _facts(case: Case) -> Facts:
+    given = dict(case.second["facts"])
+    for field, model in (("engine", Workload), ("gateway", Workload), ("fetch", Fetch), ("served", Gateway)):
+        if given.get(field) is not None:
+            given[field] = model(**given[field])
+    made = case.rendered
+    return Facts(
+        generation=3,
+        suspended=case.accepted.spec.suspend,
+        outdated=made.outdated,
+        risks=case.accepted.risks,
+        url=made.url,
+        selector=made.selector,
+        version=str(case.accepted.version),
+        verification=case.accepted.spec.security.verification.mode,
+        **given,
+    )
+
+
+# ----------------------------------------------------------------------------------------------------------- explain
+
+
+def explain(made: Rendered) -> str:
+    """Pods, sockets and flows, one a line."""
+    topology = made.topology
+    lines = [*_topology_lines(topology), f"url {made.url}", f"selector {made.selector}"]
+    lines += [f"withheld {obj['kind']} {obj['metadata']['name']}" for obj in made.withheld]
+    lines += [f"outdated {name}" for name in made.outdated]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _topology_lines(topology: Topology) -> Iterator[str]:
+    for pods in topology.pods:
+        yield f"pods {pods.role} x{pods.replicas}"
+    for socket in topology.sockets:
+        yield f"socket {_socket(socket)}: {socket.purpose} ({socket.knob})"
+    for flow in topology.flows:
+        match flow:
+            case Inbound():
+                yield f"flow {flow.source} [{_peers(flow.peers)}] -> {_socket(flow.to)}: {flow.why}"
+            case Internal():
+                yield f"flow {flow.source} -> {_socket(flow.to)}: {flow.why}"
+            case Outbound():
+                ports = ", ".join(f"{rule.protocol} {rule.port}" for rule in flow.ports)
+                yield f"flow {flow.source} -> {flow.to} [{_peers(flow.peers)}] {ports}: {flow.why}"
+
+
+def _socket(socket: Socket) -> str:
+    return f"{socket.role}/{socket.name} {socket.protocol} {socket.port}"
+
+
+def _peers(peers: tuple[Peer, ...]) -> str:
+    return "; ".join(map(_peer, peers))
+
+
+def _peer(peer: Peer) -> str:
+    if isinstance(peer, CidrPeer):
+        return f"{peer.cidr} without {', '.join(peer.excluded)}" if peer.excluded else peer.cidr
+    pods = "all pods" if peer.pods is None else f"pods {_selector(peer.pods)}"
+    return f"{pods} here" if peer.namespaces is None else f"{pods} in namespaces {_selector(peer.namespaces)}"
+
+
+def _selector(selector: Selector) -> str:
+    parts = [f"{key}={value}" for key, value in selector.labels]
+    parts += [" ".join((key, operator, *values)) for key, operator, values in selector.expressions]
+    return ",".join(parts) or "(any)"
