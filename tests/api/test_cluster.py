@@ -254,3 +254,14 @@ def test_the_lock_admits_one_process_at_a_time(tmp_path: Path) -> None:
     assert [worker.wait(timeout=60) for worker in workers] == [0] * 4
     assert (tmp_path / "count").read_text(encoding="ascii") == "800"
     assert not (tmp_path / "lock").exists()
+
+
+def test_assets_of_another_minor_version_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "assets" / "kube-apiserver"
+    program.parent.mkdir()
+    program.write_text("#!/bin/sh\necho Kubernetes v1.34.1\n", encoding="ascii")
+    program.chmod(0o755)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("KUBEBUILDER_ASSETS", "assets")
+    with pytest.raises(ClusterError, match=r"kube-apiserver 1\.34\.1.*point it to assets of 1\.36"):
+        binaries.find_or_build(lambda _line: None)
