@@ -75,19 +75,103 @@ _FORBIDDEN = ((b"POST", b"/pause"), (b"GET", b"/metrics"), (b"POST", b"/v1/load_
 
 # {p}: path; {r}: path without its first slash; {f}: first letter percent-encoded; {e}: every byte percent-encoded;
 # {d}: the same, encoded twice; {u}: upper case
-_PATH_TRICKS = (
-    "{p} /{p} //{p} /.{p} /./.{p} /v1/..{p} /v1/models/../..{p} /v1/models/..{p} /v1/../v1/..{p} /v1//..{p}"
-    " {p}/ {p}// {p}/. {p}/.. {p}/./ {p}? {p}?a=b {p}?/v1/models {p}; {p};a=b {p};/v1/models {p}. {p}%2e"
-    " /%2e%2e{p} /%2e{p} /.%2e{p} /%2e.{p} /v1/%2e%2e{p} /v1/models/%2e%2e/%2e%2e{p} /v1/.%2e{p}"
-    " /{f} /v1/../{f} {e} /{e} {d} /%2f{r} %2f{r} /v1/models%2f..%2f..{p} /v1%2f..{p} /v1/..%2f{r} /%2f%2f{r}"
-    " /v1/models/%2e%2e%2f%2e%2e%2f{r} /%252e%252e{p} /%252f{r} /v1/%252e%252e/{r}"
-    " \\{r} /\\{r} /v1\\..\\{r} /v1/models\\..\\..\\{r} /v1/models/..\\..{p} /%5c{r} /v1%5c..%5c{r}"
-    " {p}%00 {p}%00.html {p}%20 {p}%09 {p}%0a {p}%0d%0a {p}%23 {p}%3f {p}%3b {p}%c0%ae /%c0%af{r} /%u002f{r} /%ef%bc%8f{r}"
-    " /..;{p} /v1/..;{p} /v1/models/..;/..;{p} /;{p} /;a=b{p} /v1;x/..{p} /v1/models;/..{p} /.;{p}"
-    " {u} /v1/chat/completions/../../..{p} /v1/responses/..{p} /v1/responses/../..{p} /v1/responses/a/../../..{p}"
-    " http://gateway{p} http://gateway/{p} https://gateway{p} http://127.0.0.1{p} http://user@gateway{p} http://{p}"
-    " //gateway{p} ///gateway{p} ftp://gateway{p} {p}#x #{p} {r} *{p} ?{p} ..{p} .{p} ~{p}"
-).split(" ")
+_PATH_TRICKS = [
+    "{p}",
+    "/{p}",
+    "//{p}",
+    "/.{p}",
+    "/./.{p}",
+    "/v1/..{p}",
+    "/v1/models/../..{p}",
+    "/v1/models/..{p}",
+    "/v1/../v1/..{p}",
+    "/v1//..{p}",
+    "{p}/",
+    "{p}//",
+    "{p}/.",
+    "{p}/..",
+    "{p}/./",
+    "{p}?",
+    "{p}?a=b",
+    "{p}?/v1/models",
+    "{p};",
+    "{p};a=b",
+    "{p};/v1/models",
+    "{p}.",
+    "{p}%2e",
+    "/%2e%2e{p}",
+    "/%2e{p}",
+    "/.%2e{p}",
+    "/%2e.{p}",
+    "/v1/%2e%2e{p}",
+    "/v1/models/%2e%2e/%2e%2e{p}",
+    "/v1/.%2e{p}",
+    "/{f}",
+    "/v1/../{f}",
+    "{e}",
+    "/{e}",
+    "{d}",
+    "/%2f{r}",
+    "%2f{r}",
+    "/v1/models%2f..%2f..{p}",
+    "/v1%2f..{p}",
+    "/v1/..%2f{r}",
+    "/%2f%2f{r}",
+    "/v1/models/%2e%2e%2f%2e%2e%2f{r}",
+    "/%252e%252e{p}",
+    "/%252f{r}",
+    "/v1/%252e%252e/{r}",
+    "\\{r}",
+    "/\\{r}",
+    "/v1\\..\\{r}",
+    "/v1/models\\..\\..\\{r}",
+    "/v1/models/..\\..{p}",
+    "/%5c{r}",
+    "/v1%5c..%5c{r}",
+    "{p}%00",
+    "{p}%00.html",
+    "{p}%20",
+    "{p}%09",
+    "{p}%0a",
+    "{p}%0d%0a",
+    "{p}%23",
+    "{p}%3f",
+    "{p}%3b",
+    "{p}%c0%ae",
+    "/%c0%af{r}",
+    "/%u002f{r}",
+    "/%ef%bc%8f{r}",
+    "/..;{p}",
+    "/v1/..;{p}",
+    "/v1/models/..;/..;{p}",
+    "/;{p}",
+    "/;a=b{p}",
+    "/v1;x/..{p}",
+    "/v1/models;/..{p}",
+    "/.;{p}",
+    "{u}",
+    "/v1/chat/completions/../../..{p}",
+    "/v1/responses/..{p}",
+    "/v1/responses/../..{p}",
+    "/v1/responses/a/../../..{p}",
+    "http://gateway{p}",
+    "http://gateway/{p}",
+    "https://gateway{p}",
+    "http://127.0.0.1{p}",
+    "http://user@gateway{p}",
+    "http://{p}",
+    "//gateway{p}",
+    "///gateway{p}",
+    "ftp://gateway{p}",
+    "{p}#x",
+    "#{p}",
+    "{r}",
+    "*{p}",
+    "?{p}",
+    "..{p}",
+    ".{p}",
+    "~{p}",
+]
 
 
 def _paths() -> list[Attack]:
@@ -389,7 +473,7 @@ def _headers() -> list[Attack]:
         if name != "te"
     ]
     found += [
-        Attack("header", f"{name} for a path", _request(b"GET /v1/models", name + b": /pause"), reaches=1)
+        Attack("header", f"{name!r} for a path", _request(b"GET /v1/models", name + b": /pause"), reaches=1)
         for name in (
             b"x-original-url",
             b"x-rewrite-url",

@@ -45,7 +45,7 @@ def statuses(data: bytes) -> list[int]:
     for kind, _, _, payload in parse_frames(data):
         if kind == _HEADERS:
             try:
-                found += [int(value) for name, value in decoder.decode(payload) if name == ":status"]
+                found += [int(value) for name, value in decoder.decode(payload, raw=True) if name == b":status"]
             except HPACKError:
                 break
     return found

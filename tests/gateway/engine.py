@@ -103,9 +103,8 @@ class Engine:
         if "websocket" in seen.all("upgrade"):
             digest = hashlib.sha1(seen.all("sec-websocket-key")[0].encode() + _WEBSOCKET_GUID)  # noqa: S324 - RFC 6455
             accept = base64.b64encode(digest.digest()).decode()
-            writer.write(
-                f"HTTP/1.1 101 x\r\nupgrade: websocket\r\nconnection: upgrade\r\nsec-websocket-accept: {accept}\r\n\r\n".encode()
-            )
+            upgraded = "HTTP/1.1 101 x\r\nupgrade: websocket\r\nconnection: upgrade\r\n"
+            writer.write(f"{upgraded}sec-websocket-accept: {accept}\r\n\r\n".encode())
             while data := await reader.read(65536):
                 writer.write(data)
             return

@@ -92,7 +92,7 @@ class Volumes:
 
 
 def local_model(model: GatewayModel, upstream_port: int) -> GatewayModel:
-    """The model on loopback with free ports; ``Envoy`` replaces the upstream's name by 127.0.0.1 in the files."""
+    """The model on loopback with free ports."""
     listen, ops, admin = free_ports(3)
     return dataclasses.replace(
         model,
@@ -107,9 +107,11 @@ def local_model(model: GatewayModel, upstream_port: int) -> GatewayModel:
 class Envoy:
     """A running gateway."""
 
-    def __init__(self, model: GatewayModel, *, root: Path, engine_key: str, keys: list[ClientKey]) -> None:
+    def __init__(
+        self, model: GatewayModel, *, root: Path, engine_key: str, keys: list[ClientKey], resolve: bool = False
+    ) -> None:
         self.model = model
-        self.volumes = Volumes(root, replacing={f"{model.upstream_host}.": "127.0.0.1"})
+        self.volumes = Volumes(root, replacing={} if resolve else {f"{model.upstream_host}.": "127.0.0.1"})
         self._log_path = root / "envoy.log"
         self._process: subprocess.Popen[bytes] | None = None
         self.configure(envoy_files(model))
@@ -202,6 +204,7 @@ def running(
     engine_key: str,
     certificate: tuple[str, str] | None = None,
     files: Mapping[str, str] | None = None,
+    resolve: bool = False,
 ) -> Iterator[Envoy]:
     """A ready Envoy, ended on exit.
 
@@ -212,8 +215,9 @@ def running(
         engine_key: what the engine demands.
         certificate: PEM chain and PEM key, when the model serves TLS.
         files: instead of the model's own files (mutation tests).
+        resolve: ask DNS for the upstream's name; otherwise it is 127.0.0.1.
     """
-    envoy = Envoy(model, root=root, engine_key=engine_key, keys=keys)
+    envoy = Envoy(model, root=root, engine_key=engine_key, keys=keys, resolve=resolve)
     if certificate is not None:
         envoy.volumes.write("tls", {"tls.crt": certificate[0], "tls.key": certificate[1]})
     if files is not None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from securevllm.render.envoy import METRICS_PATH, OPS_PATHS, VERSIONS_PATH, GatewayModel, api_keys_file
+from securevllm.render.envoy import METRICS_PATH, OPS_PATHS, READY_PATH, VERSIONS_PATH, GatewayModel, api_keys_file
 from securevllm.render.readback import versions_of
 from tests.gateway import attacks, wire
 from tests.gateway.conftest import KEYS, MODEL, Gateway
@@ -92,12 +92,17 @@ def test_ops_port_answers_three_requests_and_no_more(gateway: Gateway) -> None:
     assert [gateway.envoy.ops(path)[0] for path in OPS_PATHS] == [200, 200, 200]
     for path in OPS_PATHS:
         assert {gateway.envoy.ops(path, method)[0] for method in ("POST", "PUT", "DELETE", "HEAD", "OPTIONS")} == {404}
+    admin = "certs clusters config_dump contention cpuprofiler drain_listeners healthcheck/fail help listeners logging"
+    more = "memory quitquitquit reset_counters runtime runtime_modify?a=b server_info stats v1/models READY /ready"
+    pages = f"{admin} {more}".split()
     others = (
-        "/ /ready/ /ready? /ready?x /READY //ready /ready/../config_dump /config_dump /clusters /listeners /certs /stats /server_info"
-        " /quitquitquit /logging /healthcheck/fail /drain_listeners /runtime /runtime_modify?a=b /memory /cpuprofiler /contention /help"
-        " /stats/prometheus/ /stats/prometheus? /stats/prometheus?usedonly /stats/prometheus?text_readouts /stats/recentlookups"
-        " /stats/prometheus?text_readouts&filter=. /stats/prometheus/../config_dump /stats/prometheus;x /reset_counters /v1/models"
-    ).split()  # fmt: skip
+        "/",
+        *(f"/{page}" for page in pages),
+        *(f"{READY_PATH}{suffix}" for suffix in ("/", "?", "?x", "/../config_dump")),
+        *(f"{METRICS_PATH}{suffix}" for suffix in ("/", "?", "?usedonly", "?text_readouts", ";x", "/../config_dump")),
+        f"{METRICS_PATH}?text_readouts&filter=.",
+        f"{VERSIONS_PATH}&x",
+    )
     assert {path: gateway.envoy.ops(path)[0] for path in others} == dict.fromkeys(others, 404)
 
 

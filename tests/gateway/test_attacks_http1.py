@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import pytest
 
 from tests.gateway import attacks, wire
-from tests.gateway.conftest import Gateway
+
+if TYPE_CHECKING:
+    from tests.gateway.conftest import Gateway
+    from tests.gateway.engine import Seen
 
 pytestmark = pytest.mark.envoy
 
 ATTACKS = attacks.h1_attacks()
-Results = tuple[list[wire.Outcome], list[wire.Seen]]
+Results = tuple[list[wire.Outcome], "list[Seen]"]
 
 
 @pytest.fixture(scope="module")

@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - one case is one line
 """One layer is taken away on purpose, and the other one still holds; with both gone the attack succeeds.
 
 The last column is the proof that these tests can fail.

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import socket
 import ssl
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Self
 
-from securevllm.render.envoy import AllowedRoute
 from tests.gateway.attacks import ENGINE_KEY, KEY, Attack
-from tests.gateway.engine import Engine, Seen
 
-_PATIENCE_SECONDS = 0.6
-_PARALLEL = 16
+if TYPE_CHECKING:
+    from securevllm.render.envoy import AllowedRoute
+    from tests.gateway.engine import Engine, Seen
+
+_PATIENCE_SECONDS = 3.0
+_MORE_SECONDS = 1.0
+_PARALLEL = 24
 
 
 def connect(port: int, *, tls: bool = True, alpn: str = "http/1.1", timeout: float = 5) -> socket.socket:
@@ -24,17 +29,32 @@ def connect(port: int, *, tls: bool = True, alpn: str = "http/1.1", timeout: flo
     plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if not tls:
         return plain
-    context = ssl.create_default_context()
+    return _context(alpn).wrap_socket(plain, server_hostname="gateway")
+
+
+@functools.cache
+def _context(alpn: str) -> ssl.SSLContext:
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     context.set_alpn_protocols([alpn])
-    return context.wrap_socket(plain, server_hostname="gateway")
+    return context
 
 
 def exchange(
-    port: int, data: bytes, *, tls: bool = True, alpn: str = "http/1.1", patience: float = _PATIENCE_SECONDS
+    port: int,
+    data: bytes,
+    *,
+    tls: bool = True,
+    alpn: str = "http/1.1",
+    patience: float = _PATIENCE_SECONDS,
+    more: float = _MORE_SECONDS,
 ) -> bytes:
-    """Send and read until the peer closes, or is silent for ``patience`` seconds."""
+    """Send, and read all that comes back.
+
+    Ends when the peer closes or says that it will, after ``patience`` seconds without an answer, or after ``more``
+    seconds of silence that follow one.
+    """
     received = bytearray()
     with connect(port, tls=tls, alpn=alpn) as sock, contextlib.suppress(OSError):
         sock.settimeout(patience)
@@ -42,6 +62,9 @@ def exchange(
             sock.sendall(data)
         while chunk := sock.recv(65536):
             received += chunk
+            if _is_last(bytes(received)):
+                break
+            sock.settimeout(more)
     return bytes(received)
 
 
@@ -62,7 +85,7 @@ class Client:
         self._port, self._tls = port, tls
         self._socket: socket.socket | None = None
 
-    def __enter__(self) -> Client:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -106,6 +129,19 @@ def status_of(answer: bytes) -> int:
     """Status code of the first answer; 0 when there is none."""
     fields = answer.split(b" ", 2)
     return int(fields[1]) if answer.startswith(b"HTTP/") and len(fields) > 1 else 0
+
+
+def _is_last(received: bytes) -> bool:
+    """Whether the last answer is complete and says ``connection: close``; Envoy then waits a second for our end."""
+    head, _, rest = received.partition(b"\r\n\r\n")
+    while length := re.search(rb"content-length: (\d+)", head):
+        size = int(length[1])
+        if len(rest) < size:
+            return False
+        if b"connection: close" in head:
+            return True
+        head, _, rest = rest[size:].partition(b"\r\n\r\n")
+    return False
 
 
 @dataclass(frozen=True)

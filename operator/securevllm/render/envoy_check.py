@@ -141,6 +141,13 @@ def check(parsed: Mapping[str, Mapping[str, Any]], *, wanted: frozenset[Entry], 
     Raises:
         InternalError: a difference, or a shape that the layers do not hold in.
     """
+    try:
+        _check(parsed, wanted, authentication=authentication)
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise InternalError(f"rendered Envoy configuration: unexpected shape ({error!r})") from error
+
+
+def _check(parsed: Mapping[str, Mapping[str, Any]], wanted: frozenset[Entry], *, authentication: bool) -> None:
     routes = routes_of(parsed["rds.yaml"])
     _require(routes == wanted, f"rds.yaml allows {_difference(routes, wanted)}")
     permissions = permissions_of(parsed["rbac.yaml"], authentication=authentication)
