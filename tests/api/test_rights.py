@@ -1,0 +1,172 @@
+"""The rights of an installation are enough, and none is for nothing; with a Role alone one namespace is served.
+
+One scenario makes the operator use every right that it has; the audit log says which it used.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from e2e.cluster.hollow import hollow_node
+from securevllm.api import kinds
+from securevllm.api.kinds import KubeObject, Ref
+from securevllm.render.meta import DENY_NAME
+from tests.api.audit import now
+from tests.api.children import OURS as LABEL
+from tests.api.children import children
+from tests.api.kube import eventually
+from tests.api.lab import OURS, as_rendered, real_gateways
+from tests.api.operator_process import INSTALL, USER, await_condition, install, new_namespace, resource
+
+if TYPE_CHECKING:
+    from tests.api.kube import Kube
+    from tests.api.lab import Lab
+
+pytestmark = pytest.mark.cluster
+
+Right = tuple[str, str, str]
+"""API group, resource with subresource, verb."""
+
+NEVER_ASKED = {
+    ("securevllm.io", "securevllmdeployments/finalizers", "update"): (
+        "the admission plugin OwnerReferencesPermissionEnforcement asks for it, where it is on, when a child is written"
+    ),
+}
+"""Rights that no request shows, and why they are there."""
+
+LEASE = Ref(kinds.LEASE, "secure-vllm-operator", "secure-vllm-operator")
+
+
+def granted(installed: Sequence[KubeObject]) -> set[Right]:
+    """Rights of the operator's service account."""
+    roles = {(obj["kind"], obj["metadata"]["name"]): obj for obj in installed if obj["kind"] in {"Role", "ClusterRole"}}
+    bound = [obj["roleRef"] for obj in installed if OURS in obj.get("subjects", ())]
+    assert bound
+    return {
+        (group, name, verb)
+        for reference in bound
+        for rule in roles[reference["kind"], reference["name"]]["rules"]
+        for group in rule["apiGroups"]
+        for name in rule["resources"]
+        for verb in rule["verbs"]
+    }
+
+
+def used(lab: Lab, user: str, since: str) -> set[Right]:
+    """Rights that answered requests have needed."""
+    found: set[Right] = set()
+    for event in lab.cluster.audit_events():
+        if event["user"].get("username") != user or event["requestReceivedTimestamp"] < since:
+            continue
+        if "objectRef" not in event:
+            # ClusterRole system:discovery, which everybody has: kopf asks which resources there are.
+            assert event["requestURI"].startswith("/api"), event
+            continue
+        reference = event["objectRef"]
+        name = "/".join(filter(None, (reference.get("resource", ""), reference.get("subresource", ""))))
+        where = (reference.get("apiGroup", ""), name)
+        found.add((*where, event["verb"]))
+        if event["verb"] == "patch" and event["responseStatus"]["code"] == 201:
+            found.add((*where, "create"))  # an apply that creates is asked for both
+    return found
+
+
+@pytest.fixture(params=["install", "install-namespaced"])
+def installation(
+    request: pytest.FixtureRequest, lab: Lab
+) -> Iterator[tuple[str, Sequence[KubeObject], str, list[str]]]:
+    """Namespace, installed objects, service account and arguments of an operator."""
+    if request.param == "install":
+        with new_namespace(lab.kube, "rights") as namespace:
+            yield namespace, lab.installed, "secure-vllm-operator", []
+        return
+    namespace = "llm"  # as the manifests name it
+    body: KubeObject = {"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": namespace}}
+    lab.kube.create(body)
+    installed = install(lab.kube, INSTALL.parent / "install-namespaced")
+    lab.twin("one-namespace", installed)
+    yield namespace, installed, "one-namespace", ["--namespace", namespace]
+    lab.kube.delete(Ref(kinds.NAMESPACE, None, namespace))
+
+
+@pytest.mark.slow
+def test_every_right_is_used_and_none_is_missing(
+    lab: Lab, installation: tuple[str, Sequence[KubeObject], str, list[str]]
+) -> None:
+    namespace, installed, account, arguments = installation
+    kube = lab.kube
+    user = USER.replace(":secure-vllm-operator:secure-vllm-operator", f":secure-vllm-operator:{account}")
+    kube.delete(LEASE)
+    since = now()
+    operator = lab.operator(f"rights-{account}", identity=account, account=account, arguments=arguments)
+    with (
+        new_namespace(kube, "elsewhere") as elsewhere,
+        hollow_node(lab.cluster, real_gateways(), namespace=namespace),
+        operator,
+    ):
+        kube.create(resource(elsewhere))
+        live_through_everything(kube, namespace)
+        assert operator.stop() == 0  # a watch is in the audit log when it ends
+        asked = lab.audit.requests(since, user=user, namespace=elsewhere)
+        assert (asked == []) is bool(arguments)
+        assert bool(children(kube, elsewhere)) is not bool(arguments)
+
+    rights, needed = granted(installed), used(lab, user, since)
+    assert needed - rights == set()
+    assert rights - needed == set(NEVER_ASKED)
+    assert lab.forbidden() == []
+
+
+def live_through_everything(kube: Kube, namespace: str) -> None:
+    """A resource that is made, damaged, changed and deleted so that every request of the operator comes up."""
+    llama = Ref(kinds.SECURE_VLLM_DEPLOYMENT, namespace, "llama")
+    name = "meta-llama/Llama-3.1-8B-Instruct"
+    fetched = {"name": name, "source": {"huggingFace": {"storage": {"size": "20Gi"}}}}
+    kube.create(resource(namespace, model=fetched, gateway={"replicas": 2}))
+    eventually(lambda: as_rendered(kube, namespace), 30)
+    secret = kube.get(Ref(kinds.SECRET, namespace, "llama-client-keys"))
+
+    # Somebody adds to every child, and takes some away.
+    for ref in children(kube, namespace):
+        if ref.kind not in {kinds.JOB, kinds.PERSISTENT_VOLUME_CLAIM}:
+            kube.patch(ref, {"metadata": {"labels": {"added": "yes"}}})
+    kube.patch(Ref(kinds.SECRET, namespace, "llama-engine-key"), {"data": {"seal-key": None}})
+    eventually(lambda: as_rendered(kube, namespace), 30)
+
+    # An older release left objects that this one does not render.
+    owner = kube.get(Ref(kinds.DEPLOYMENT, namespace, "llama-gateway"))["metadata"]["ownerReferences"]
+    key, _, value = LABEL.partition("=")
+    metadata = {"name": "llama-old", "namespace": namespace, "labels": {key: value}, "ownerReferences": owner}
+    template = kube.get(Ref(kinds.DEPLOYMENT, namespace, "llama-gateway"))["spec"]
+    old: list[KubeObject] = [
+        {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata},
+        {"apiVersion": "v1", "kind": "Service", "metadata": metadata, "spec": {"clusterIP": "None"}},
+        {"apiVersion": "apps/v1", "kind": "Deployment", "metadata": metadata, "spec": template | {"replicas": 0}},
+    ]
+    for obj in old:
+        kube.create(obj)
+    # The next change prunes them, and with them what the new spec does not need any more.
+    claim = {"name": name, "source": {"persistentVolumeClaim": {"claimName": "weights"}, "huggingFace": None}}
+    kube.patch(llama, {"spec": {"model": claim, "gateway": {"replicas": 1}}})
+    eventually(lambda: as_rendered(kube, namespace), 30)
+    await_condition(kube, llama, "GatewayReady", "True", seconds=60)
+
+    # Another key: the pods of the gateway are nudged.
+    kube.patch(Ref.of(secret), {"stringData": {"second": "a-key-of-another-client"}})
+    eventually(lambda: nudged(kube, namespace), 30)
+    await_condition(kube, llama, "GatewayReady", "True", seconds=60)
+    reason = "I accept requests without a key in this test."
+    kube.patch(llama, {"spec": {"gateway": {"authentication": {"none": reason}}}})
+    eventually(lambda: kube.find(Ref.of(secret)) is None)
+    eventually(lambda: as_rendered(kube, namespace), 30)
+
+    kube.delete(llama)
+    eventually(lambda: kube.find(Ref(kinds.NETWORK_POLICY, namespace, DENY_NAME)) is None, 60)
+
+
+def nudged(kube: Kube, namespace: str) -> list[Any]:
+    pods = kube.list(kinds.POD, namespace, "securevllm.io/role=gateway")
+    return [pod for pod in pods if "securevllm.io/revision" in pod["metadata"].get("annotations", {})]
