@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from time import sleep
 from typing import TYPE_CHECKING, Any, Self
 
 import httpx
@@ -264,10 +265,23 @@ def settled(kube: Kube, ref: Ref, seconds: float = 20.0) -> KubeObject:
         status = obj.get("status", {})
         assert status.get("observedGeneration") == obj["metadata"]["generation"], status
         reasons = {item["type"]: item["reason"] for item in status["conditions"]}
+        assert reasons["Accepted"] == "SpecAccepted", status["conditions"]
         assert not {"ApplyFailed", "ForeignObject", "PolicyNotApplied", "NotCreated"} & set(reasons.values()), reasons
         return obj
 
     return eventually(there, seconds)
+
+
+def quiet(kube: Kube, ref: Ref, seconds: float = 1.0) -> KubeObject:
+    """Wait until a resource has not changed for a while; gives it."""
+
+    def unchanged() -> KubeObject:
+        obj = kube.get(ref)
+        sleep(seconds)
+        assert kube.get(ref) == obj
+        return obj
+
+    return eventually(unchanged, 30)
 
 
 def _free_port() -> int:

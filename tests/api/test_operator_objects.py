@@ -27,7 +27,7 @@ from securevllm.api.kinds import (
 from tests.api.audit import Audit, now
 from tests.api.children import DENY, bare, children, defaulted, everything, rendered
 from tests.api.kube import Kube, Refused, consistently, eventually
-from tests.api.operator_process import USER, await_condition, condition, resource, settled
+from tests.api.operator_process import USER, await_condition, condition, quiet, resource, settled
 
 if TYPE_CHECKING:
     from e2e.cluster import Cluster
@@ -352,9 +352,7 @@ def test_a_longer_name_is_refused_with_the_reason(kube: Kube, namespace: str) ->
 
 def test_a_settled_resource_costs_no_write(cluster: Cluster, kube: Kube, namespace: str) -> None:
     ref = Ref.of(create(kube, resource(namespace)))
-    eventually(lambda: kube.get(Ref(DEPLOYMENT, namespace, "llama-engine")).get("status", {}).get("replicas") == 1)
-    eventually(lambda: kube.get(Ref(DEPLOYMENT, namespace, "llama-gateway")).get("status", {}).get("replicas") == 2)
-    time.sleep(1)
+    quiet(kube, ref)
     since = now()
     # A change that concerns nobody: the resource is looked at, and nothing is written.
     kube.patch(ref, {"metadata": {"labels": {"team": "a"}}})
