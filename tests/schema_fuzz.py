@@ -33,10 +33,24 @@ def nodes(schema: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Ma
 
 
 def mutations(schema: Mapping[str, Any]) -> Iterator[tuple[Path, Any]]:
-    """Give (path, value) pairs for every node below `schema`."""
-    for path, node in nodes(schema):
+    """Give (path, value) pairs for every node below `schema`; of fields of an object with one type, for the first."""
+    for path, node in _different_nodes(schema):
         for value in _values(node):
             yield path, value
+
+
+def _different_nodes(schema: Mapping[str, Any], path: Path = ()) -> Iterator[tuple[Path, Mapping[str, Any]]]:
+    yield path, schema
+    seen: list[object] = []
+    for name, child in schema.get("properties", {}).items():
+        described = {key: value for key, value in child.items() if key != "description"}
+        if "properties" not in child or described not in seen:
+            seen.append(described)
+            yield from _different_nodes(child, (*path, name))
+    if "items" in schema:
+        yield from _different_nodes(schema["items"], (*path, "[]"))
+    if "additionalProperties" in schema:
+        yield from _different_nodes(schema["additionalProperties"], (*path, "*"))
 
 
 def with_value(spec: Mapping[str, Any], schema: Mapping[str, Any], path: Path, value: Any) -> Any:
@@ -124,6 +138,12 @@ def _values(node: Mapping[str, Any]) -> Iterator[Any]:
             "1e3",
             "8 Gi",
             "1K",
+            "1ki",
+            "1mi",
+            "1n",
+            "1.5E",
+            "99E",
+            "0.5n",
             "0",
             "-1",
             -1,

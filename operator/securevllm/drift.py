@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from enum import Enum, auto
 from typing import Any
 
-from securevllm.api.parse import quantity
+from securevllm.api.units import quantity
 from securevllm.context import FIELD_MANAGER
 from securevllm.render.meta import HASH_ANNOTATION, Object, digest
 

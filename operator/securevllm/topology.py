@@ -19,6 +19,7 @@ from securevllm.context import CidrPeer, Context, Peer, PodPeer, Selector
 
 if TYPE_CHECKING:
     from securevllm.api import types as api
+    from securevllm.api.placement import LabelSelector
 
 
 class Role(StrEnum):
@@ -170,7 +171,7 @@ def internet(context: Context) -> tuple[CidrPeer, ...]:
     return tuple(part for cidr in ("0.0.0.0/0", "::/0") if (part := public_part(cidr, context)) is not None)
 
 
-def selector(labels: api.LabelSelector | None) -> Selector | None:
+def selector(labels: LabelSelector | None) -> Selector | None:
     """A label selector of the spec as plain data; None stays None."""
     if labels is None:
         return None

@@ -162,7 +162,7 @@ def engines() -> st.SearchStrategy[JsonMap]:
         runtimeClassName=st.just("nvidia"),
         sharedMemory=st.sampled_from(["1Gi", 1024]),
         startupTimeout=st.sampled_from(["5s", "90m", "2h"]),
-        terminationGracePeriod=st.sampled_from(["0s", "1s", "600s"]),
+        terminationGracePeriod=st.sampled_from(["1s", "2s", "600s"]),
         labels=st.sampled_from([{}, {"app": "web", "team": "red"}]),
         annotations=st.sampled_from([{}, {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}]),
     )
@@ -189,7 +189,7 @@ def specs() -> st.SearchStrategy[JsonMap]:
                     allowedDomains=st.sampled_from([[], ["a.example", "b.example"]]), allowRedirects=st.booleans()
                 ),
                 egress=st.lists(egress_rules(), max_size=3),
-                verification=st.sampled_from([{}, {"mode": "Off"}]),
+                verification=st.sampled_from([{}, {"mode": "Disabled"}]),
             ),
         },
     ).map(_with_version)

@@ -12,7 +12,8 @@ from click.testing import CliRunner
 from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from securevllm.api.crd import crd, crd_from_models, structural_schema
-from securevllm.api.types import CRD_DEFAULT, Status, rule
+from securevllm.api.fields import CRD_DEFAULT, rule
+from securevllm.api.types import Status
 from securevllm.cli import main
 from securevllm.errors import InternalError
 

@@ -17,8 +17,8 @@ SECRETS = [{"name": f"s{number}"} for number in range(9)]
         pytest.param({"imagePullSecrets": SECRETS[:8], "engine": {"nodeSelector": {"a": "b"}}}, [], id="nothing"),
         pytest.param({"imagePullSecrets": SECRETS}, ["spec.imagePullSecrets: at most 8, not 9"], id="a long list"),
         pytest.param(
-            {"engine": {"affinity": {str(number): 1 for number in range(65)}}},
-            ["spec.engine.affinity: at most 64, not 65"],
+            {"engine": {"nodeSelector": {str(number): "a" for number in range(33)}}},
+            ["spec.engine.nodeSelector: at most 32, not 33"],
             id="a large map",
         ),
         pytest.param(

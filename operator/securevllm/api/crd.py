@@ -5,7 +5,8 @@ The result is a *structural* schema (Kubernetes documentation, "Custom Resources
 estimate for CEL rules is the size of a whole request, and one resource could fill etcd. Whatever the generator cannot
 express raises `InternalError` with the path of the field; nothing is dropped silently but what is named here:
 
-* `title`, and `default` unless the field says `CRD_DEFAULT` (safe defaults are resolved when parsing);
+* `title`, and `default` unless the field says `CRD_DEFAULT` (safe defaults are resolved when parsing): such a default
+  is told at the end of the description;
 * `additionalProperties: false` (the API server prunes, or refuses under strict field validation, by itself);
 * `propertyNames` and `patternProperties`, the form of a map's keys: OpenAPI v3 has neither, they become a CEL rule.
 """
@@ -16,7 +17,8 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from securevllm.api.types import API_VERSION, GROUP, KIND, NAME_LIMIT, Spec, Status, rule
+from securevllm.api.fields import rule
+from securevllm.api.types import API_VERSION, GROUP, KIND, NAME_LIMIT, Spec, Status
 from securevllm.errors import InternalError
 
 if TYPE_CHECKING:
@@ -175,7 +177,9 @@ def _resolve(
     """Inline `$ref`, take `null` out of `anyOf`, drop what the module docstring names. The outer keyword wins."""
     node = {key: value for key, value in schema.items() if key not in {"$defs", "title"}}
     if not node.pop("x-crd-default", False):
-        node.pop("default", None)
+        told = _default_in_words(node.pop("default", None))
+        if told and "description" in node:
+            node["description"] += f" {told}"
     if "const" in node:
         node["enum"] = [node.pop("const")]
     if "$ref" in node:
@@ -192,6 +196,14 @@ def _resolve(
     return node, seen
 
 
+def _default_in_words(value: object) -> str:
+    """A default that the parser sets; nothing for null and for what is empty, which descriptions explain."""
+    if value in (None, "", [], {}):
+        return ""
+    told = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return f"Default: {told.lower() if isinstance(value, bool) else told}."
+
+
 def _merge(outer: _Schema, inner: _Schema) -> _Schema:
     rules = [*inner.get("x-kubernetes-validations", ()), *outer.get("x-kubernetes-validations", ())]
     return {**inner, **outer, **({"x-kubernetes-validations": rules} if rules else {})}
@@ -201,12 +213,13 @@ def _int_or_string(node: _Schema, path: str) -> _Schema:
     kinds = sorted(branch.get("type", "") for branch in node.pop("anyOf", ()))
     if kinds != ["integer", "string"]:
         raise InternalError(f"{path}: x-kubernetes-int-or-string stands on a field that is not `int | str`")
-    _only(node, _KEYWORDS["string"], path)
+    keywords = _KEYWORDS["integer"] | _KEYWORDS["string"]
+    _only(node, keywords, path)
     _bounded(node, "maxLength", path)
     return {
         "anyOf": [{"type": "integer"}, {"type": "string"}],
         "x-kubernetes-int-or-string": True,
-        **_copy(node, "maxLength", "minLength", "pattern"),
+        **_copy(node, *sorted(keywords)),
     }
 
 

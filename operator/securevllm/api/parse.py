@@ -13,7 +13,6 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,17 +22,14 @@ from securevllm import catalogue
 from securevllm.api import guard
 from securevllm.api import types as api
 from securevllm.api.addresses import is_public
+from securevllm.api.applicable import unapplicable
 from securevllm.api.schema import size_problems
+from securevllm.api.units import LARGEST, quantity
 from securevllm.errors import Problem, SpecError
 
 _SPEC = TypeAdapter(api.Spec)
 _TAG = re.compile(r":(?P<tag>[A-Za-z0-9_][A-Za-z0-9._-]{0,127})(@sha256:[a-f0-9]{64})?$")
-_QUANTITY = re.compile(r"[0-9]+(\.[0-9]+)?([kKMGTPE]i?|m)?")
-_SUFFIXES = {"": Fraction(1), "m": Fraction(1, 1000), "k": Fraction(1000)} | {
-    unit + i: Fraction(1024 if i else 1000) ** power for power, unit in enumerate("KMGTPE", 1) for i in ("", "i")
-}
 _FIELD = re.compile(r"[a-z][A-Za-z]*")
-_SECONDS = {"s": 1, "m": 60, "h": 3600}
 
 
 @dataclass(frozen=True)
@@ -51,24 +47,6 @@ class Accepted:
     version: catalogue.Version
     raw: dict[str, Any]
     risks: tuple[str, ...]
-
-
-def seconds(duration: str) -> int:
-    """``90s``, ``60m`` or ``2h`` in seconds."""
-    return int(duration[:-1]) * _SECONDS[duration[-1]]
-
-
-def quantity(value: str | int) -> Fraction:
-    """A Kubernetes quantity as a number, exactly.
-
-    Raises:
-        ValueError: it is none.
-    """
-    match = _QUANTITY.fullmatch(str(value))
-    if match is None:
-        raise ValueError(f"{value!r} is not a quantity such as 8Gi")
-    suffix = match[2] or ""
-    return Fraction(str(value).removesuffix(suffix)) * _SUFFIXES[suffix]
 
 
 def parse(name: str, raw: dict[str, Any]) -> Accepted:
@@ -285,30 +263,21 @@ def _quantities(spec: api.Spec) -> Iterator[Problem]:
         try:
             quantity(value)
         except ValueError:
-            yield Problem(field, "InvalidSpec", "not a quantity", "Write for example 8Gi.", str(value))
-
-
-_SMALLEST_BODY, _LARGEST_BODY = 2**10, 2**31 - 1
-_SMALLEST_MEMORY = 2**26
-"""Envoy sheds load at a share of its memory; with less it would refuse everything."""
+            rule = "not a quantity from 0 to 2^63 - 1 with at most nine decimals"
+            yield Problem(field, "InvalidSpec", rule, "Write for example 8Gi.", str(value))
 
 
 def _limits(spec: api.Spec) -> Iterator[Problem]:
     memory = spec.gateway.resources.limits.get("memory") if spec.gateway.resources else None
-    values: list[tuple[str, str | int, int, int, str]] = [
-        (
-            "limits.requestBody",
-            spec.gateway.limits.request_body,
-            _SMALLEST_BODY,
-            _LARGEST_BODY,
-            "from 1Ki to below 2Gi",
-        ),
+    values: list[tuple[str, str | int, str, str, str]] = [
+        ("limits.requestBody", spec.gateway.limits.request_body, *api.REQUEST_BODY, str(api.REQUEST_BODY)),
     ]
     if memory is not None:
-        values.append(("resources.limits.memory", memory, _SMALLEST_MEMORY, 2**63, "at least 64Mi"))
+        told = f"the gateway needs a memory limit of at least {api.GATEWAY_MEMORY}"
+        values.append(("resources.limits.memory", memory, api.GATEWAY_MEMORY, str(LARGEST), told))
     for field, value, least, most, told in values:
         try:
-            fits = least <= quantity(value) <= most
+            fits = quantity(least) <= quantity(value) <= quantity(most)
         except ValueError:
             continue  # reported by _quantities
         if not fits:
@@ -332,9 +301,8 @@ def _world(spec: api.Spec) -> Iterator[Problem]:
         )
     for name in gpus:
         # Kubernetes wants a limit for an extended resource, and the request, if there is one, equal to it.
-        limit = resources.limits.get(name, 0)
-        for part, value in (("limits", limit), ("requests", resources.requests.get(name, limit))):
-            if str(value) != str(world):
+        for part, value in (("limits", resources.limits.get(name, 0)), ("requests", resources.requests.get(name))):
+            if value is not None and str(value) != str(world):
                 yield Problem(
                     f"spec.engine.resources.{part}.{name}",
                     "InvalidSpec",
@@ -357,26 +325,6 @@ def _exclusive(spec: api.Spec) -> Iterator[Problem]:
     ):
         if sum(value is not None for value in values) > 1:
             yield Problem(field, "InvalidSpec", f"at most one of {names}", "Keep one of them.")
-
-
-def _selectors(spec: api.Spec) -> Iterator[Problem]:
-    """What the API server would refuse in a NetworkPolicy that is rendered from it."""
-    peers = [(f"spec.security.egress[{index}].to", entry.to) for index, entry in enumerate(spec.security.egress)]
-    if spec.gateway.clients is not None:
-        peers.append(("spec.gateway.clients", spec.gateway.clients))
-    for field, peer in peers:
-        for name, selector in (("namespaceSelector", peer.namespace_selector), ("podSelector", peer.pod_selector)):
-            if selector is None:
-                continue
-            for index, item in enumerate(selector.match_expressions):
-                if (item.operator in {"In", "NotIn"}) != bool(item.values):
-                    yield Problem(
-                        f"{field}.{name}.matchExpressions[{index}].values",
-                        "InvalidSpec",
-                        "In and NotIn need values, Exists and DoesNotExist take none",
-                        "Write for example {key: team, operator: In, values: [a]}.",
-                        item.operator,
-                    )
 
 
 def _ports(spec: api.Spec) -> Iterator[Problem]:
@@ -453,7 +401,7 @@ _CHECKS: tuple[Callable[[api.Spec], Iterator[Problem]], ...] = (
     _limits,
     _world,
     _exclusive,
-    _selectors,
+    unapplicable,
     _ports,
     _clients,
     _egress,

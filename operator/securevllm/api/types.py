@@ -2,16 +2,41 @@
 
 Field names in YAML are the camelCase aliases. Defaults that matter for security live here and not in the CRD: the API
 server would freeze them in etcd, and a safer default of a later release would change nothing. Only fields marked
-``CRD_DEFAULT`` get a ``default:`` in the schema. Cross-field rules that CEL can express stand beside the model that
-they concern; ``parse.py`` judges again, in the operator, and says what to write instead.
+``CRD_DEFAULT`` get a ``default:`` in the schema; the others tell theirs at the end of their description. Cross-field
+rules that CEL can express stand beside the model that they concern; ``parse.py`` and ``applicable.py`` judge again, in
+the operator, and say what to write instead.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
-from pydantic.alias_generators import to_camel
+from pydantic import ConfigDict, Field
+
+from securevllm.api.fields import (
+    CRD_DEFAULT,
+    Annotations,
+    Cidr,
+    DnsLabel,
+    DnsName,
+    Duration,
+    HttpsUrl,
+    Image,
+    LabelKey,
+    Labels,
+    Model,
+    ModelName,
+    Port,
+    Quantity,
+    Why,
+    Word,
+    at_most_one,
+    exactly_one,
+    listed,
+    rule,
+    rules,
+)
+from securevllm.api.placement import Affinity, LabelSelector, Toleration, TopologySpreadConstraint
 
 GROUP = "securevllm.io"
 API_VERSION = f"{GROUP}/v1alpha1"
@@ -20,89 +45,66 @@ KIND = "SecureVLLMDeployment"
 NAME_LIMIT = 40
 """Longest ``metadata.name``: a StatefulSet name has 52 characters, and members add ``-12-12`` and a suffix."""
 
-CRD_DEFAULT: dict[str, Any] = {"x-crd-default": True}
-
-
-def rule(expression: str, message: str) -> dict[str, JsonValue]:
-    """One entry of ``x-kubernetes-validations`` (CEL)."""
-    return {"rule": expression, "message": message}
-
-
-def _at_most_one(fields: tuple[str, ...], message: str) -> dict[str, JsonValue]:
-    return rule(" + ".join(f"(has(self.{name}) ? 1 : 0)" for name in fields) + " <= 1", message)
-
-
-class Model(BaseModel):
-    """Base of all models: immutable, no unknown fields, camelCase in YAML."""
-
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid")
-
-
-# A value that becomes a command-line argument never begins with "-": vLLM's parser would read it as a flag.
-ModelName = Annotated[str, Field(max_length=253, pattern=r"^[A-Za-z0-9/][A-Za-z0-9._/-]*$")]
-Word = Annotated[str, Field(max_length=253, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")]
-Image = Annotated[str, Field(max_length=512, pattern=r"^[a-z0-9][A-Za-z0-9._/:-]*(@sha256:[a-f0-9]{64})?$")]
-DnsLabel = Annotated[str, Field(max_length=63, pattern=r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$")]
-DnsName = Annotated[str, Field(max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$")]
-Port = Annotated[int, Field(ge=1024, le=65535)]
-Quantity = Annotated[
-    str | int,
-    Field(json_schema_extra={"x-kubernetes-int-or-string": True, "maxLength": 32}),
-]
-Duration = Annotated[str, Field(max_length=16, pattern=r"^[0-9]{1,6}(s|m|h)$")]
-Why = Annotated[str, Field(min_length=10, max_length=500)]
-Cidr = Annotated[str, Field(max_length=49, pattern=r"^[0-9a-fA-F.:]+/[0-9]{1,3}$")]
-LabelKey = Annotated[str, Field(max_length=317, pattern=r"^([a-z0-9.-]+/)?[A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?$")]
-LabelValue = Annotated[str, Field(max_length=63, pattern=r"^([A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?)?$")]
-Labels = Annotated[dict[LabelKey, LabelValue], Field(max_length=32)]
 Profile = Literal["chat", "embeddings", "responses", "messages", "score", "rerank", "audio", "realtime"]
-Opaque = Annotated[
-    dict[str, Any], Field(json_schema_extra={"x-kubernetes-preserve-unknown-fields": True, "maxProperties": 64})
-]
 
 
-def _list(*, key: str | None = None, limit: int = 32, set_: bool = False) -> dict[str, Any]:
-    """List type for server-side apply (Kubernetes API conventions, "merge strategy")."""
-    kind = "map" if key else "set" if set_ else "atomic"
-    extra: dict[str, Any] = {"x-kubernetes-list-type": kind, "maxItems": limit}
-    if key:
-        extra["x-kubernetes-list-map-keys"] = [key]
-    return extra
+class Bounds(NamedTuple):
+    """Smallest and largest value of a duration or of a quantity, as they are written."""
+
+    least: str
+    most: str
+
+    def __str__(self) -> str:
+        return f"from {self.least} to {self.most}"
+
+
+STARTUP_TIMEOUT = Bounds("1s", "24h")
+GRACE_PERIOD = Bounds("1s", "24h")
+"""Not 0s: preStop, which lets the gateway notice that the pod goes, needs a second of it."""
+VERIFICATION_INTERVAL = Bounds("10s", "24h")
+REQUEST_BODY = Bounds("1Ki", "2047Mi")
+"""Envoy counts in 32 bits."""
+GATEWAY_MEMORY = "64Mi"
+"""Envoy sheds load at a share of its memory; with less it would refuse everything."""
+
+
+def _lasts(bounds: Bounds) -> dict[str, Any]:
+    expression = f"duration(self) >= duration('{bounds.least}') && duration(self) <= duration('{bounds.most}')"
+    return rules(rule(expression, str(bounds)))
+
+
+def _amounts(bounds: Bounds) -> dict[str, Any]:
+    amount = "quantity(string(self)).compareTo"
+    return rules(
+        rule(f"{amount}(quantity('{bounds.least}')) >= 0 && {amount}(quantity('{bounds.most}')) <= 0", str(bounds))
+    )
+
+
+_POSITIVE = rules(rule("quantity(string(self)).isGreaterThan(quantity('0'))", "more than 0"))
 
 
 # ---------------------------------------------------------------------------------------------- Kubernetes' own types
 
 
-class LabelSelectorRequirement(Model):
-    """meta/v1 LabelSelectorRequirement."""
-
-    key: LabelKey
-    operator: Literal["In", "NotIn", "Exists", "DoesNotExist"]
-    values: Annotated[tuple[LabelValue, ...], Field(max_length=32)] = ()
-
-
-class LabelSelector(Model):
-    """meta/v1 LabelSelector. An empty one selects everything."""
-
-    match_labels: Labels = Field(default_factory=dict)
-    match_expressions: Annotated[tuple[LabelSelectorRequirement, ...], Field(json_schema_extra=_list())] = ()
-
-
-class Toleration(Model):
-    """core/v1 Toleration."""
-
-    key: LabelKey | None = None
-    operator: Literal["Exists", "Equal"] | None = None
-    value: Annotated[str, Field(max_length=63)] | None = None
-    effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    toleration_seconds: Annotated[int, Field(ge=0, le=86400)] | None = None
-
-
 class Resources(Model):
     """core/v1 ResourceRequirements: cpu, memory, ephemeral-storage and GPUs. Other extended resources are refused."""
 
-    requests: Annotated[dict[LabelKey, Quantity], Field(max_length=8)] = Field(default_factory=dict)
-    limits: Annotated[dict[LabelKey, Quantity], Field(max_length=8)] = Field(default_factory=dict)
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "!has(self.requests) || !has(self.limits) || self.requests.all(name, !(name in self.limits)"
+                " || quantity(string(self.requests[name])).compareTo(quantity(string(self.limits[name]))) <= 0)",
+                "a request is at most the limit",
+            )
+        )
+    )
+
+    requests: Annotated[dict[LabelKey, Quantity], Field(max_length=8)] = Field(
+        default_factory=dict, description="What is reserved on the node. Absent: the limits."
+    )
+    limits: Annotated[dict[LabelKey, Quantity], Field(max_length=8)] = Field(
+        default_factory=dict, description="What is never exceeded. GPUs stand here."
+    )
 
 
 class SecretRef(Model):
@@ -117,6 +119,18 @@ class SecretKeyRef(SecretRef):
     key: Annotated[str, Field(max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")] = Field(description="Key in its data.")
 
 
+class ConfigMapRef(Model):
+    """A ConfigMap of the same namespace."""
+
+    name: DnsName = Field(description="Name of the ConfigMap.")
+
+
+class ConfigMapKeyRef(ConfigMapRef):
+    """One key of a ConfigMap of the same namespace."""
+
+    key: Annotated[str, Field(max_length=253, pattern=r"^[-._a-zA-Z0-9]+$")] = Field(description="Key in its data.")
+
+
 class Peers(Model):
     """Who a rule is about: pods by label, in this or in other namespaces, or addresses outside the cluster."""
 
@@ -124,7 +138,7 @@ class Peers(Model):
         None, description="Namespaces of the pods. Absent: the namespace of this resource."
     )
     pod_selector: LabelSelector | None = Field(None, description="Pods. Absent: all pods of the selected namespaces.")
-    cidrs: Annotated[tuple[Cidr, ...], Field(json_schema_extra=_list())] = Field(
+    cidrs: Annotated[tuple[Cidr, ...], Field(json_schema_extra=listed())] = Field(
         (), description="Addresses outside the cluster. Never pods or nodes: engines read such a rule differently."
     )
 
@@ -136,11 +150,19 @@ class ModelStorage(Model):
     """Where fetched weights are kept."""
 
     claim_name: DnsName | None = Field(None, description="An existing PersistentVolumeClaim. Absent: one is made.")
-    size: Quantity = Field("100Gi", description="Size of the claim that is made.")
-    storage_class_name: DnsName | None = Field(None, description="Storage class of the claim that is made.")
+    size: Quantity = Field("100Gi", description="Size of the claim that is made.", json_schema_extra=_POSITIVE)
+    storage_class_name: DnsName | None = Field(
+        None, description="Storage class of the claim that is made. Absent: the default class of the cluster."
+    )
     access_modes: Annotated[
         tuple[Literal["ReadWriteOnce", "ReadOnlyMany", "ReadWriteMany", "ReadWriteOncePod"], ...],
-        Field(json_schema_extra=_list(set_=True, limit=4), min_length=1),
+        Field(
+            json_schema_extra=listed(set_=True, limit=4)
+            | rules(
+                rule("!('ReadWriteOncePod' in self) || size(self) == 1", "ReadWriteOncePod stands beside no other mode")
+            ),
+            min_length=1,
+        ),
     ] = Field(("ReadWriteOnce",), description="Access modes of the claim that is made.")
 
 
@@ -148,16 +170,14 @@ class HuggingFaceSource(Model):
     """Fetch the model from a Hugging Face hub: a Job with its own egress and token fills the volume."""
 
     token_secret_ref: SecretKeyRef | None = Field(None, description="Access token; only the fetch Job sees it.")
-    storage: ModelStorage = Field(default_factory=ModelStorage)
-    endpoint: Annotated[str, Field(max_length=253, pattern=r"^https://[A-Za-z0-9][A-Za-z0-9.:/-]*$")] | None = Field(
-        None, description="Hub to fetch from (HF_ENDPOINT). Absent: the public hub."
-    )
+    storage: ModelStorage = Field(default_factory=ModelStorage, description="Where the fetched weights are kept.")
+    endpoint: HttpsUrl | None = Field(None, description="Hub to fetch from (HF_ENDPOINT). Absent: the public hub.")
 
 
 class ClaimSource(Model):
     """The model is in a PersistentVolumeClaim already; it is mounted read-only."""
 
-    claim_name: DnsName
+    claim_name: DnsName = Field(description="Name of the PersistentVolumeClaim.")
     path: Annotated[str, Field(max_length=253, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")] | None = Field(
         None, description="Folder of the model in the volume. Absent: its root."
     )
@@ -166,27 +186,21 @@ class ClaimSource(Model):
 class ImageSource(Model):
     """The model is an OCI image, mounted as a volume."""
 
-    reference: Image
+    reference: Image = Field(description="The image. Not supported yet.")
 
 
 class ModelSource(Model):
     """Where the weights come from. Exactly one."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "x-kubernetes-validations": [
-                rule(
-                    "(has(self.huggingFace) ? 1 : 0) + (has(self.persistentVolumeClaim) ? 1 : 0)"
-                    " + (has(self.image) ? 1 : 0) == 1",
-                    "exactly one of huggingFace, persistentVolumeClaim and image",
-                )
-            ]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra=rules(exactly_one("huggingFace", "persistentVolumeClaim", "image")))
 
-    hugging_face: HuggingFaceSource | None = None
-    persistent_volume_claim: ClaimSource | None = None
-    image: ImageSource | None = None
+    hugging_face: HuggingFaceSource | None = Field(
+        None, description="Fetch from a Hugging Face hub: a Job with its own egress and token fills a volume."
+    )
+    persistent_volume_claim: ClaimSource | None = Field(
+        None, description="The weights are in a PersistentVolumeClaim already; it is mounted read-only."
+    )
+    image: ImageSource | None = Field(None, description="The weights are an OCI image. Not supported yet.")
 
 
 class ModelSpec(Model):
@@ -196,9 +210,11 @@ class ModelSpec(Model):
         description="What `vllm serve` gets: a repository such as meta-llama/Llama-3.1-8B-Instruct, or an absolute path"
         " that the image itself holds, which needs no source."
     )
-    served_name: Word | None = Field(None, description="--served-model-name. Absent: the name.")
+    served_name: Word | None = Field(None, description="Name that clients use (--served-model-name). Absent: the name.")
     revision: Word | None = Field(None, description="Commit, tag or branch of the repository. Pin a commit.")
-    source: ModelSource | None = None
+    source: ModelSource | None = Field(
+        None, description="Where the weights come from; exactly one of its fields. Required unless name is a path."
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- topology
@@ -207,42 +223,58 @@ class ModelSpec(Model):
 class DataParallel(Model):
     """Data parallelism (--data-parallel-size and its relatives)."""
 
-    size: Annotated[int, Field(ge=1, le=1024)]
-    size_local: Annotated[int, Field(ge=1, le=1024)] | None = None
-    load_balancing: Literal["internal", "hybrid", "external"] = "internal"
+    size: Annotated[int, Field(ge=1, le=1024)] = Field(description="Data-parallel ranks (--data-parallel-size).")
+    size_local: Annotated[int, Field(ge=1, le=1024)] | None = Field(
+        None, description="Ranks in one pod (--data-parallel-size-local). Absent: spread evenly."
+    )
+    load_balancing: Literal["internal", "hybrid", "external"] = Field(
+        "internal", description="Who spreads requests over the ranks: vLLM, vLLM within a pod, or the gateway."
+    )
 
 
 class Parallelism(Model):
     """How one model replica is spread over GPUs and pods."""
 
-    tensor: Annotated[int, Field(ge=1, le=1024)] = Field(1, description="--tensor-parallel-size.")
-    pipeline: Annotated[int, Field(ge=1, le=1024)] = Field(1, description="--pipeline-parallel-size.")
-    nodes: Annotated[int, Field(ge=1, le=64)] = Field(1, description="Pods of one model replica (--nnodes).")
-    expert: bool = Field(False, description="--enable-expert-parallel.")
-    data: DataParallel | None = None
+    tensor: Annotated[int, Field(ge=1, le=1024)] = Field(
+        1, description="GPUs over which each layer is spread (--tensor-parallel-size)."
+    )
+    pipeline: Annotated[int, Field(ge=1, le=1024)] = Field(
+        1, description="Groups of layers one after the other (--pipeline-parallel-size)."
+    )
+    nodes: Annotated[int, Field(ge=1, le=64)] = Field(
+        1, description="Pods of one model replica (--nnodes). More than 1 is not supported yet."
+    )
+    expert: bool = Field(
+        False, description="Spread experts instead of layers (--enable-expert-parallel). Not supported yet."
+    )
+    data: DataParallel | None = Field(None, description="Data parallelism within a replica. Not supported yet.")
 
 
 class DisaggregatedRole(Model):
     """The prefill or the decode side."""
 
-    replicas: Annotated[int, Field(ge=0, le=512)] = 1
-    parallelism: Parallelism = Field(default_factory=Parallelism)
+    replicas: Annotated[int, Field(ge=0, le=512)] = Field(1, description="Replicas of this side.")
+    parallelism: Parallelism = Field(
+        default_factory=Parallelism, description="How one replica of this side is spread over GPUs and pods."
+    )
 
 
 class RouterSpec(Model):
     """The router between gateway and the two sides."""
 
-    image: Image
-    args: Annotated[tuple[Word, ...], Field(json_schema_extra=_list())] = ()
+    image: Image = Field(description="Image of vllm-router.")
+    args: Annotated[tuple[Word, ...], Field(json_schema_extra=listed())] = Field(
+        (), description="Further arguments of the router."
+    )
 
 
 class Disaggregation(Model):
     """Prefill and decode in pods of their own, with a KV transfer between them."""
 
-    connector: Literal["nixl", "mooncake"]
-    prefill: DisaggregatedRole = Field(default_factory=DisaggregatedRole)
-    decode: DisaggregatedRole = Field(default_factory=DisaggregatedRole)
-    router: RouterSpec | None = None
+    connector: Literal["nixl", "mooncake"] = Field(description="What moves the KV cache from prefill to decode.")
+    prefill: DisaggregatedRole = Field(default_factory=DisaggregatedRole, description="The side that reads prompts.")
+    decode: DisaggregatedRole = Field(default_factory=DisaggregatedRole, description="The side that writes answers.")
+    router: RouterSpec | None = Field(None, description="The router between the gateway and both sides.")
 
 
 class Ports(Model):
@@ -264,7 +296,9 @@ class Ports(Model):
 class EnvVar(Model):
     """One environment variable of the engine, in plain text. Only names of the catalogue's allowlist."""
 
-    name: Annotated[str, Field(max_length=128, pattern=r"^[A-Z_][A-Z0-9_]*$")]
+    name: Annotated[str, Field(max_length=128, pattern=r"^[A-Z_][A-Z0-9_]*$")] = Field(
+        description="Name of the variable; one of the allowlist."
+    )
     value: Annotated[str, Field(max_length=1024, pattern=r"^[^$]*$")] = Field(
         description="Plain text; no $ (Kubernetes would expand it)."
     )
@@ -273,33 +307,78 @@ class EnvVar(Model):
 Argument = Annotated[str, Field(max_length=1024, pattern=r"^--[a-z0-9-]+(=[A-Za-z0-9._:/+-]*)?$")]
 
 
+class ClaimVolume(Model):
+    """A PersistentVolumeClaim of the same namespace."""
+
+    claim_name: DnsName = Field(description="Name of the PersistentVolumeClaim.")
+    read_only: bool = Field(True, description="Whether engines may only read it.")
+
+
+class EngineVolume(Model):
+    """A further volume of the engine: exactly one of configMap and persistentVolumeClaim."""
+
+    model_config = ConfigDict(json_schema_extra=rules(exactly_one("configMap", "persistentVolumeClaim")))
+
+    name: DnsLabel = Field(description="Name of the volume.")
+    mount_path: Annotated[str, Field(max_length=253, pattern=r"^/[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$")] = Field(
+        description="Absolute path in the engine's container."
+    )
+    config_map: ConfigMapRef | None = Field(None, description="Files from a ConfigMap.")
+    persistent_volume_claim: ClaimVolume | None = Field(None, description="A PersistentVolumeClaim.")
+
+
 class EngineSpec(Model):
     """The engine's process and pod."""
 
-    args: Annotated[tuple[Argument, ...], Field(json_schema_extra=_list(limit=64))] = Field(
+    args: Annotated[tuple[Argument, ...], Field(json_schema_extra=listed(limit=64))] = Field(
         (), description="Flags of `vllm serve`, as --flag or --flag=value; exact names of the allowlist only."
     )
-    env: Annotated[tuple[EnvVar, ...], Field(json_schema_extra=_list(key="name", limit=64))] = ()
+    env: Annotated[tuple[EnvVar, ...], Field(json_schema_extra=listed("name", limit=64))] = Field(
+        (), description="Environment variables in plain text; exact names of the allowlist only."
+    )
     resources: Resources | None = Field(
-        None, description="Absent: nvidia.com/gpu for the parallelism. Without a GPU entry: a CPU engine."
+        None,
+        description="cpu, memory, ephemeral-storage and GPUs. Absent: nvidia.com/gpu for the parallelism. Without a"
+        " GPU entry: a CPU engine.",
     )
-    node_selector: Labels = Field(default_factory=dict)
-    tolerations: Annotated[tuple[Toleration, ...], Field(json_schema_extra=_list())] = ()
-    affinity: Opaque | None = Field(None, description="core/v1 Affinity.")
-    topology_spread_constraints: Annotated[tuple[Opaque, ...], Field(json_schema_extra=_list(limit=8))] = Field(
-        (), description="core/v1 TopologySpreadConstraint."
+    node_selector: Labels = Field(default_factory=dict, description="Labels of the nodes on which the pods may run.")
+    tolerations: Annotated[tuple[Toleration, ...], Field(json_schema_extra=listed())] = Field(
+        (), description="Taints that the pods tolerate."
     )
-    priority_class_name: DnsName | None = None
-    scheduler_name: DnsName | None = None
-    runtime_class_name: DnsName | None = None
-    shared_memory: Quantity = Field("8Gi", description="Size of /dev/shm, counted as memory of the pod.")
-    volumes: Annotated[tuple[Opaque, ...], Field(json_schema_extra=_list(limit=8))] = Field(
-        (), description="Further read-only volumes."
+    affinity: Affinity | None = Field(
+        None, description="On which nodes the pods may run, and beside which other pods (core/v1 Affinity)."
     )
-    startup_timeout: Duration = Field("60m", description="How long loading may take before the pod is restarted.")
-    termination_grace_period: Duration = Field("60s", description="How long running requests may finish.")
+    topology_spread_constraints: Annotated[
+        tuple[TopologySpreadConstraint, ...],
+        Field(json_schema_extra=listed("topologyKey", "whenUnsatisfiable", limit=8)),
+    ] = Field((), description="How evenly pods are spread over nodes or zones (core/v1 TopologySpreadConstraint).")
+    priority_class_name: DnsName | None = Field(
+        None, description="PriorityClass of the pods. Absent: the default of the cluster."
+    )
+    scheduler_name: DnsName | None = Field(None, description="Scheduler of the pods. Absent: the default scheduler.")
+    runtime_class_name: DnsName | None = Field(
+        None, description="RuntimeClass of the pods. Absent: the default of the nodes."
+    )
+    shared_memory: Quantity = Field(
+        "8Gi",
+        description="Size of /dev/shm, counted as memory of the pod.",
+        json_schema_extra=_POSITIVE,
+    )
+    volumes: Annotated[tuple[EngineVolume, ...], Field(json_schema_extra=listed("name", limit=8))] = Field(
+        (), description="Further volumes. Not supported yet."
+    )
+    startup_timeout: Duration = Field(
+        "60m",
+        description="How long loading may take before the container is restarted; 1s to 24h.",
+        json_schema_extra=_lasts(STARTUP_TIMEOUT),
+    )
+    termination_grace_period: Duration = Field(
+        "60s",
+        description="How long running requests may take to finish when a pod ends; 1s to 24h.",
+        json_schema_extra=_lasts(GRACE_PERIOD),
+    )
     labels: Labels = Field(default_factory=dict, description="Labels of the pods; none of securevllm.io or Kubernetes.")
-    annotations: Annotated[dict[LabelKey, Annotated[str, Field(max_length=1024)]], Field(max_length=16)] = Field(
+    annotations: Annotations = Field(
         default_factory=dict, description="Annotations of the pods; none that a CNI, CRI or mesh reads."
     )
 
@@ -310,7 +389,7 @@ class EngineSpec(Model):
 class AllowEntry(Model):
     """One (method, path) of vLLM that the gateway lets through, beside the profiles."""
 
-    method: Literal["GET", "POST", "DELETE", "PUT", "PATCH"]
+    method: Literal["GET", "POST", "DELETE", "PUT", "PATCH"] = Field(description="HTTP method.")
     path: Annotated[str, Field(max_length=256, pattern=r"^/[A-Za-z0-9_./{}-]*$")] = Field(
         description="Exactly as vLLM registers it, with its own {parameters}."
     )
@@ -319,10 +398,10 @@ class AllowEntry(Model):
 class Routes(Model):
     """Which routes of vLLM clients may use. Everything else is refused, by two independent layers."""
 
-    profiles: Annotated[tuple[Profile, ...], Field(json_schema_extra=_list(set_=True, limit=8))] = Field(
+    profiles: Annotated[tuple[Profile, ...], Field(json_schema_extra=listed(set_=True, limit=8))] = Field(
         ("chat",), description="Sets of routes by use; `securevllm routes` lists them."
     )
-    allow: Annotated[tuple[AllowEntry, ...], Field(json_schema_extra=_list(limit=64))] = Field(
+    allow: Annotated[tuple[AllowEntry, ...], Field(json_schema_extra=listed(limit=64))] = Field(
         (), description="Single routes beside the profiles; a route that is marked never is refused."
     )
 
@@ -331,24 +410,53 @@ class ApiKeys(Model):
     """Client keys in Secrets: each data key is a client id, each value that client's key."""
 
     secret_refs: Annotated[
-        tuple[SecretRef, ...], Field(json_schema_extra=_list(key="name", limit=16), min_length=1, max_length=16)
-    ]
+        tuple[SecretRef, ...], Field(json_schema_extra=listed("name", limit=16), min_length=1, max_length=16)
+    ] = Field(description="The Secrets. A client id may stand in one of them only.")
+
+
+class RemoteJwks(Model):
+    """Public keys of an issuer, fetched over HTTPS."""
+
+    uri: HttpsUrl = Field(description="Address of the JSON Web Key Set. The gateway gets an egress to it.")
+    cache_duration: Duration = Field("10m", description="How long fetched keys are used.")
+
+
+class Jwt(Model):
+    """JSON Web Tokens of one issuer."""
+
+    model_config = ConfigDict(json_schema_extra=rules(exactly_one("remoteJwks", "localJwks")))
+
+    issuer: Annotated[str, Field(min_length=1, max_length=253)] = Field(description="Exact value of the claim `iss`.")
+    audiences: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=253)], ...],
+        Field(json_schema_extra=listed(set_=True, limit=16), min_length=1),
+    ] = Field(description="Values of the claim `aud` of which a token must have one.")
+    remote_jwks: RemoteJwks | None = Field(None, description="The issuer's public keys, fetched over HTTPS.")
+    local_jwks: ConfigMapKeyRef | None = Field(
+        None, description="The issuer's public keys as a JSON Web Key Set in a ConfigMap."
+    )
+
+
+class MutualTls(Model):
+    """Client certificates."""
+
+    ca_secret_ref: SecretRef = Field(description="Secret whose ca.crt holds the CAs of client certificates.")
+    subject_alt_names: Annotated[
+        tuple[Annotated[str, Field(min_length=1, max_length=253)], ...],
+        Field(json_schema_extra=listed(set_=True, limit=64)),
+    ] = Field((), description="DNS names and URIs of which a certificate must have one. Empty: any of these CAs.")
 
 
 class Authentication(Model):
     """How clients prove who they are. Nothing: the operator makes one key, Secret <name>-client-keys."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "x-kubernetes-validations": [
-                _at_most_one(("apiKeys", "jwt", "mtls", "none"), "at most one of apiKeys, jwt, mtls and none")
-            ]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra=rules(at_most_one("apiKeys", "jwt", "mtls", "none")))
 
-    api_keys: ApiKeys | None = None
-    jwt: Opaque | None = None
-    mtls: Opaque | None = None
+    api_keys: ApiKeys | None = Field(
+        None, description="Keys in Secrets of yours: each data key is a client id, each value that client's key."
+    )
+    jwt: Jwt | None = Field(None, description="JSON Web Tokens of one issuer. Not supported yet.")
+    mtls: MutualTls | None = Field(None, description="Client certificates. Not supported yet.")
     none: Annotated[str, Field(min_length=10, max_length=500, pattern=r"^I accept .*$")] | None = Field(
         None, description="No authentication: say why, beginning with `I accept `. Shown in status."
     )
@@ -357,16 +465,10 @@ class Authentication(Model):
 class Tls(Model):
     """The gateway's server certificate. Nothing: an own CA, Secret <name>-gateway-tls with ca.crt."""
 
-    model_config = ConfigDict(
-        json_schema_extra={
-            "x-kubernetes-validations": [
-                _at_most_one(("secretName", "disabled"), "at most one of secretName and disabled")
-            ]
-        }
-    )
+    model_config = ConfigDict(json_schema_extra=rules(at_most_one("secretName", "disabled")))
 
     secret_name: DnsName | None = Field(None, description="A kubernetes.io/tls Secret, as cert-manager makes it.")
-    hostnames: Annotated[tuple[DnsName, ...], Field(json_schema_extra=_list(set_=True))] = Field(
+    hostnames: Annotated[tuple[DnsName, ...], Field(json_schema_extra=listed(set_=True))] = Field(
         (), description="Further names of the certificate that the operator makes."
     )
     disabled: Why | None = Field(None, description="Plain HTTP: say why. Shown in status.")
@@ -375,41 +477,92 @@ class Tls(Model):
 class Limits(Model):
     """Limits of the gateway, per gateway pod."""
 
-    request_body: Quantity = Field("64Mi", description="Largest request body; larger ones get 413.")
-    requests_per_second_per_client: Annotated[int, Field(ge=1, le=100000)] = 100
+    request_body: Quantity = Field(
+        "64Mi",
+        description="Largest request body; larger ones get 413.",
+        json_schema_extra=_amounts(REQUEST_BODY),
+    )
+    requests_per_second_per_client: Annotated[int, Field(ge=1, le=100000)] = Field(
+        100, description="Requests of one client in a second; further ones get 429."
+    )
     stream_seconds: Annotated[int, Field(ge=1, le=86400)] = Field(3600, description="Longest answer.")
     idle_seconds: Annotated[int, Field(ge=1, le=86400)] = Field(600, description="Longest silence within an answer.")
-    connections: Annotated[int, Field(ge=1, le=1000000)] = 8192
+    connections: Annotated[int, Field(ge=1, le=1000000)] = Field(8192, description="Open connections of clients.")
 
 
 class GatewayService(Model):
     """The Service that clients use."""
 
-    type: Literal["ClusterIP", "LoadBalancer", "NodePort"] = Field("ClusterIP")
-    annotations: Annotated[dict[LabelKey, Annotated[str, Field(max_length=1024)]], Field(max_length=16)] = Field(
-        default_factory=dict
+    type: Literal["ClusterIP", "LoadBalancer", "NodePort"] = Field(
+        "ClusterIP", description="LoadBalancer and NodePort are open to the outside and need clients.cidrs."
+    )
+    annotations: Annotations = Field(
+        default_factory=dict, description="Annotations that tell a load balancer how it is made; an allowlist."
+    )
+
+
+class Autoscaling(Model):
+    """A HorizontalPodAutoscaler of the gateway."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "(has(self.minReplicas) ? self.minReplicas : 2) <= self.maxReplicas",
+                "minReplicas is at most maxReplicas",
+            )
+        )
+    )
+
+    min_replicas: Annotated[int, Field(ge=1, le=64)] = Field(2, description="Fewest gateways.")
+    max_replicas: Annotated[int, Field(ge=1, le=64)] = Field(description="Most gateways.")
+    target_cpu_utilization_percentage: Annotated[int, Field(ge=1, le=100, alias="targetCPUUtilizationPercentage")] = (
+        Field(80, description="CPU use, in percent of the request, at which gateways are added.")
     )
 
 
 class PodDisruptionBudgetSpec(Model):
     """policy/v1 PodDisruptionBudget of the gateway."""
 
-    max_unavailable: Annotated[int, Field(ge=0, le=64)] = 1
+    max_unavailable: Annotated[int, Field(ge=0, le=64)] = Field(
+        1, description="Gateways that a drain may take at once. 0 blocks drains."
+    )
 
 
 class GatewaySpec(Model):
     """The Envoy in front of the engines: the only way in."""
 
-    replicas: Annotated[int, Field(ge=0, le=64, json_schema_extra=CRD_DEFAULT)] = 2
-    routes: Routes = Field(default_factory=Routes)
-    authentication: Authentication = Field(default_factory=Authentication)
-    tls: Tls = Field(default_factory=Tls)
+    replicas: Annotated[int, Field(ge=0, le=64, json_schema_extra=CRD_DEFAULT)] = Field(2, description="Gateway pods.")
+    routes: Routes = Field(default_factory=Routes, description="Which routes of vLLM clients may use; others are 404.")
+    authentication: Authentication = Field(
+        default_factory=Authentication,
+        description="How clients prove who they are. Absent: the operator makes one key, Secret <name>-client-keys.",
+    )
+    tls: Tls = Field(
+        default_factory=Tls,
+        description="The server certificate. Absent: an own CA and certificate, Secret <name>-gateway-tls with ca.crt.",
+    )
     clients: Peers | None = Field(None, description="Who may connect. Absent: pods of the same namespace.")
-    limits: Limits = Field(default_factory=Limits)
-    service: GatewayService = Field(default_factory=GatewayService)
-    resources: Resources | None = None
-    autoscaling: Opaque | None = None
-    pod_disruption_budget: PodDisruptionBudgetSpec = Field(default_factory=PodDisruptionBudgetSpec)
+    limits: Limits = Field(default_factory=Limits, description="Limits of each gateway pod.")
+    service: GatewayService = Field(default_factory=GatewayService, description="The Service that clients use.")
+    resources: Resources | None = Field(
+        None,
+        description="cpu, memory and ephemeral-storage of a gateway pod; a memory limit is at least 64Mi. Absent:"
+        " requests of 100m and 128Mi, a memory limit of 512Mi.",
+        json_schema_extra=rules(
+            rule(
+                "!has(self.limits) || !('memory' in self.limits)"
+                f" || quantity(string(self.limits['memory'])).compareTo(quantity('{GATEWAY_MEMORY}')) >= 0",
+                f"the gateway needs a memory limit of at least {GATEWAY_MEMORY}",
+            )
+        ),
+    )
+    autoscaling: Autoscaling | None = Field(
+        None, description="A HorizontalPodAutoscaler of the gateway. Not supported yet."
+    )
+    pod_disruption_budget: PodDisruptionBudgetSpec = Field(
+        default_factory=PodDisruptionBudgetSpec,
+        description="How many gateways a drain may take; used with two replicas or more.",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------- security
@@ -418,62 +571,83 @@ class GatewaySpec(Model):
 class Media(Model):
     """Media URLs in requests: the engine would fetch them (server-side request forgery)."""
 
-    allowed_domains: Annotated[tuple[DnsName, ...], Field(json_schema_extra=_list(set_=True))] = Field(
-        (), description="--allowed-media-domains. Empty: none."
+    allowed_domains: Annotated[tuple[DnsName, ...], Field(json_schema_extra=listed(set_=True))] = Field(
+        (), description="Domains of media URLs (--allowed-media-domains). Empty: none."
     )
-    allow_redirects: bool = Field(False, description="VLLM_MEDIA_URL_ALLOW_REDIRECTS.")
+    allow_redirects: bool = Field(
+        False, description="Whether engines follow redirects of media URLs (VLLM_MEDIA_URL_ALLOW_REDIRECTS)."
+    )
 
 
 class EgressPort(Model):
     """One destination port."""
 
-    port: Annotated[int, Field(ge=1, le=65535)]
-    protocol: Literal["TCP", "UDP"] = "TCP"
+    port: Annotated[int, Field(ge=1, le=65535)] = Field(description="Number of the port.")
+    protocol: Literal["TCP", "UDP"] = Field("TCP", description="Protocol.")
 
 
 class EgressRule(Model):
     """One destination that engines may reach."""
 
-    to: Peers
-    ports: Annotated[tuple[EgressPort, ...], Field(json_schema_extra=_list(), min_length=1)]
-    why: Why
+    to: Peers = Field(description="The destination: pods by label, or public addresses.")
+    ports: Annotated[tuple[EgressPort, ...], Field(json_schema_extra=listed(), min_length=1)] = Field(
+        description="Ports of the destination."
+    )
+    why: Why = Field(description="Why this is needed. Shown in status.")
 
 
 class Metrics(Model):
     """Who may scrape the engines' metrics."""
 
-    from_: Annotated[Peers, Field(alias="from")]
+    from_: Annotated[Peers, Field(alias="from", description="Who may scrape.")]
 
 
 class Gate(Model):
     """The gate that holds an engine back until isolation was observed."""
 
-    disabled: Why | None = None
+    disabled: Why | None = Field(None, description="No gate: say why. Not supported yet.")
 
 
 class Acceptance(Model):
     """A risk that is taken in words; shown in status."""
 
     risk: Literal["vllmVersionBelowFloor"] = Field(description="Which risk.")
-    why: Why
+    why: Why = Field(description="Why it is taken. Shown in status.")
 
 
 class Verification(Model):
     """How isolation is measured."""
 
-    mode: Literal["Enforce", "Report", "Off"] = "Report"
-    interval: Duration = "5m"
+    # Not "Off": YAML 1.1 reads the bare word as false.
+    mode: Literal["Enforce", "Report", "Disabled"] = Field(
+        "Report",
+        description="Report: what is measured is told in status. Enforce: Ready needs it, too (not supported yet)."
+        " Disabled: nothing is measured.",
+    )
+    interval: Duration = Field(
+        "5m", description="Time between two measurements; 10s to 24h.", json_schema_extra=_lasts(VERIFICATION_INTERVAL)
+    )
 
 
 class Security(Model):
     """Every exception from the closed default, each in words."""
 
-    media: Media = Field(default_factory=Media)
-    egress: Annotated[tuple[EgressRule, ...], Field(json_schema_extra=_list(limit=16))] = ()
-    metrics: Metrics | None = None
-    gate: Gate = Field(default_factory=Gate)
-    accept: Annotated[tuple[Acceptance, ...], Field(json_schema_extra=_list(key="risk", limit=16))] = ()
-    verification: Verification = Field(default_factory=Verification)
+    media: Media = Field(
+        default_factory=Media, description="Media URLs in requests, which engines would fetch. Absent: none."
+    )
+    egress: Annotated[tuple[EgressRule, ...], Field(json_schema_extra=listed(limit=16))] = Field(
+        (), description="What engines may reach beside DNS. Empty: nothing."
+    )
+    metrics: Metrics | None = Field(
+        None, description="Who may scrape the engines' metrics. Absent: nobody. Not supported yet."
+    )
+    gate: Gate = Field(
+        default_factory=Gate, description="The gate that holds an engine back until isolation was observed."
+    )
+    accept: Annotated[tuple[Acceptance, ...], Field(json_schema_extra=listed("risk", limit=16))] = Field(
+        (), description="Risks that are taken, each in words. Shown in status."
+    )
+    verification: Verification = Field(default_factory=Verification, description="How isolation is measured.")
 
 
 # ---------------------------------------------------------------------------------------------------------- resource
@@ -491,74 +665,98 @@ class Spec(Model):
     """What the user wants."""
 
     model_config = ConfigDict(
-        json_schema_extra={
-            "x-kubernetes-validations": [
-                rule(
-                    "!has(self.disaggregation) || self.replicas == 1",
-                    "replicas is not used beside disaggregation: set prefill.replicas and decode.replicas",
-                ),
-                rule(
-                    "self.model.name.startsWith('/') || has(self.model.source)",
-                    "model.source is required unless model.name is an absolute path in the image; paste:"
-                    " source: {huggingFace: {}}",
-                ),
-                rule(
-                    "!has(self.gateway) || !has(self.gateway.service) || !has(self.gateway.service.type)"
-                    " || self.gateway.service.type == 'ClusterIP'"
-                    " || (has(self.gateway.clients) && has(self.gateway.clients.cidrs)"
-                    " && size(self.gateway.clients.cidrs) > 0)",
-                    "gateway.service.type LoadBalancer and NodePort need gateway.clients.cidrs: who may connect",
-                ),
-            ]
-        }
+        json_schema_extra=rules(
+            rule(
+                "!has(self.disaggregation) || self.replicas == 1",
+                "replicas is not used beside disaggregation: set prefill.replicas and decode.replicas",
+            ),
+            rule(
+                "self.model.name.startsWith('/') || has(self.model.source)",
+                "model.source is required unless model.name is an absolute path in the image; paste:"
+                " source: {huggingFace: {}}",
+            ),
+            rule(
+                "!has(self.gateway) || !has(self.gateway.service) || !has(self.gateway.service.type)"
+                " || self.gateway.service.type == 'ClusterIP'"
+                " || (has(self.gateway.clients) && has(self.gateway.clients.cidrs)"
+                " && size(self.gateway.clients.cidrs) > 0)",
+                "gateway.service.type LoadBalancer and NodePort need gateway.clients.cidrs: who may connect",
+            ),
+        )
     )
 
-    model: ModelSpec
+    model: ModelSpec = Field(description="The model that is served.")
     image: Image = Field(description="Image of vLLM; the version is read from its tag, or said in vllmVersion.")
-    vllm_version: VllmVersion | None = None
-    image_pull_secrets: Annotated[tuple[SecretRef, ...], Field(json_schema_extra=_list(key="name", limit=8))] = ()
+    vllm_version: VllmVersion | None = Field(
+        None, description="The vLLM version of an image whose tag does not say it."
+    )
+    image_pull_secrets: Annotated[tuple[SecretRef, ...], Field(json_schema_extra=listed("name", limit=8))] = Field(
+        (), description="Secrets with credentials of the registry."
+    )
     replicas: Annotated[int, Field(ge=0, le=512, json_schema_extra=CRD_DEFAULT)] = Field(
         1, description="Model replicas."
     )
-    parallelism: Parallelism = Field(default_factory=Parallelism)
-    disaggregation: Disaggregation | None = None
-    ports: Ports = Field(default_factory=Ports)
-    engine: EngineSpec = Field(default_factory=EngineSpec)
+    parallelism: Parallelism = Field(
+        default_factory=Parallelism, description="How one model replica is spread over GPUs and pods."
+    )
+    disaggregation: Disaggregation | None = Field(
+        None, description="Prefill and decode in pods of their own. Not supported yet."
+    )
+    ports: Ports = Field(default_factory=Ports, description="Every fixed port. Absent: vLLM's defaults.")
+    engine: EngineSpec = Field(default_factory=EngineSpec, description="The engine's process and pod.")
     suspend: bool = Field(False, description="Scale to nothing; policies are kept.")
     update_policy: Literal["WithSpec", "Always"] = Field(
-        "WithSpec", description="WithSpec: an operator upgrade restarts no engine; it is shown as Outdated."
+        "WithSpec",
+        description="WithSpec: an operator upgrade restarts no engine; it is shown as Outdated, and rolled with the"
+        " next change of the spec. Always: it is rolled at once.",
     )
-    gateway: GatewaySpec = Field(default_factory=GatewaySpec)
-    security: Security = Field(default_factory=Security)
+    gateway: GatewaySpec = Field(
+        default_factory=GatewaySpec, description="The Envoy in front of the engines: the only way in."
+    )
+    security: Security = Field(
+        default_factory=Security, description="Exceptions from the closed default, and how isolation is measured."
+    )
 
 
 class Condition(Model):
     """meta/v1 Condition."""
 
-    type: Annotated[str, Field(max_length=316)]
-    status: Literal["True", "False", "Unknown"]
-    reason: Annotated[str, Field(max_length=1024)]
-    message: Annotated[str, Field(max_length=32768)]
-    last_transition_time: Annotated[str, Field(max_length=32, json_schema_extra={"format": "date-time"})]
-    observed_generation: int | None = None
+    type: Annotated[str, Field(max_length=316)] = Field(
+        description="Accepted, EnginesReady, GatewayReady, Isolated, Ready or Stalled."
+    )
+    status: Literal["True", "False", "Unknown"] = Field(description="Whether it holds.")
+    reason: Annotated[str, Field(max_length=1024)] = Field(description="Why, in one word for programs.")
+    message: Annotated[str, Field(max_length=32768)] = Field(description="Why, in words, and what to do.")
+    last_transition_time: Annotated[str, Field(max_length=32, json_schema_extra={"format": "date-time"})] = Field(
+        description="When the status changed last."
+    )
+    observed_generation: int | None = Field(None, description="Generation of the spec that this is about.")
 
 
 class Status(Model):
     """What the operator saw."""
 
-    observed_generation: int | None = None
+    observed_generation: int | None = Field(None, description="Generation of the spec that was looked at last.")
     replicas: int | None = Field(None, description="Model replicas that exist.")
     ready_replicas: int | None = Field(None, description="Model replicas that serve.")
     selector: Annotated[str, Field(max_length=1024)] | None = Field(
         None, description="Selects exactly one pod per model replica (scale subresource)."
     )
-    url: Annotated[str, Field(max_length=1024)] | None = None
-    vllm_version: Annotated[str, Field(max_length=64)] | None = None
-    last_verified: Annotated[str, Field(max_length=32, json_schema_extra={"format": "date-time"})] | None = None
-    outdated: Annotated[tuple[Annotated[str, Field(max_length=253)], ...], Field(json_schema_extra=_list())] = Field(
+    url: Annotated[str, Field(max_length=1024)] | None = Field(
+        None, description="Where clients of the cluster find the gateway."
+    )
+    vllm_version: Annotated[str, Field(max_length=64)] | None = Field(
+        None, description="The vLLM version whose routes are rendered."
+    )
+    last_verified: Annotated[str, Field(max_length=32, json_schema_extra={"format": "date-time"})] | None = Field(
+        None, description="When isolation was measured last."
+    )
+    outdated: Annotated[tuple[Annotated[str, Field(max_length=253)], ...], Field(json_schema_extra=listed())] = Field(
         (), description="Workloads whose template a newer operator would change; rolled with the next change of spec."
     )
     accepted_risks: Annotated[
-        tuple[Annotated[str, Field(max_length=1024)], ...], Field(json_schema_extra=_list(limit=64))
+        tuple[Annotated[str, Field(max_length=1024)], ...], Field(json_schema_extra=listed(limit=64))
     ] = Field((), description="What the spec gave up, in its own words.")
-    conditions: Annotated[tuple[Condition, ...], Field(json_schema_extra=_list(key="type", limit=16))] = ()
+    conditions: Annotated[tuple[Condition, ...], Field(json_schema_extra=listed("type", limit=16))] = Field(
+        (), description="What holds and what does not (meta/v1 Condition)."
+    )

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from securevllm import catalogue
-from securevllm.api import parse
-from securevllm.api import types as api
+from securevllm.api.units import seconds
 from securevllm.render import envoy, fetch, pods
 from securevllm.render.meta import RESTART_ANNOTATION, Object, Owner
 from securevllm.topology import Role, Topology
+
+if TYPE_CHECKING:
+    from securevllm.api import types as api
 
 ROLE = Role.ENGINE.value
 
@@ -50,7 +52,7 @@ def service(owner: Owner, topology: Topology) -> Object:
 
 def deployment(owner: Owner, spec: api.Spec, template: Object) -> Object:
     """N pods are N model replicas. Surge 0: a spare GPU is rarely there."""
-    startup = parse.seconds(spec.engine.startup_timeout)
+    startup = seconds(spec.engine.startup_timeout)
     return owner.object(
         "apps/v1",
         "Deployment",
@@ -71,7 +73,7 @@ def template(owner: Owner, spec: api.Spec, topology: Topology, restart_at: str) 
     """The engine's pod template."""
     engine = spec.engine
     port = topology.socket(Role.ENGINE, "api").port
-    grace = parse.seconds(engine.termination_grace_period)
+    grace = seconds(engine.termination_grace_period)
     health = {"httpGet": {"path": HEALTH_PATH, "port": port, "scheme": "HTTP"}}
     volume = fetch.volume(owner, spec)
     container: dict[str, Any] = {
@@ -87,7 +89,7 @@ def template(owner: Owner, spec: api.Spec, topology: Topology, restart_at: str) 
             **health,
             "periodSeconds": _PROBE_SECONDS,
             "timeoutSeconds": 5,
-            "failureThreshold": max(1, parse.seconds(engine.startup_timeout) // _PROBE_SECONDS),
+            "failureThreshold": max(1, seconds(engine.startup_timeout) // _PROBE_SECONDS),
         },
         "readinessProbe": {**health, "periodSeconds": 5, "timeoutSeconds": 5, "failureThreshold": 3},
         "livenessProbe": {**health, "periodSeconds": 15, "timeoutSeconds": 10, "failureThreshold": 4},

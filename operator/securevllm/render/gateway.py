@@ -11,8 +11,8 @@ from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from securevllm import catalogue
-from securevllm.api import parse
 from securevllm.api import types as api
+from securevllm.api.units import quantity
 from securevllm.render import engine, envoy, pods
 from securevllm.render.meta import Object, Owner, digest
 from securevllm.topology import GATEWAY_ADMIN, GATEWAY_HTTP, Role, Topology
@@ -68,7 +68,7 @@ def model(
         tls=tls.disabled is None,
         hostnames=(),
         authentication=spec.gateway.authentication.none is None,
-        request_body_bytes=int(parse.quantity(limits.request_body)),
+        request_body_bytes=int(quantity(limits.request_body)),
         requests_per_second_per_client=limits.requests_per_second_per_client,
         stream_seconds=limits.stream_seconds,
         stream_idle_seconds=limits.idle_seconds,
@@ -84,7 +84,7 @@ def _entry(topology: Topology, tls: api.Tls) -> int:
 
 def _memory(spec: api.Spec) -> Fraction:
     limits = spec.gateway.resources.limits if spec.gateway.resources else {}
-    return parse.quantity(limits.get("memory", f"{_MEMORY_MIB}Mi"))
+    return quantity(limits.get("memory", f"{_MEMORY_MIB}Mi"))
 
 
 def service(owner: Owner, spec: api.Spec, topology: Topology) -> Object:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from securevllm.api import types as api
+    from securevllm.api.fields import Model
     from securevllm.render.meta import Object, Owner
 
 # Meshes would put a proxy into the pod that policies and the gateway know nothing of.
@@ -93,12 +94,17 @@ def placement(spec: api.Spec) -> dict[str, Any]:
     engine = spec.engine
     fields: dict[str, Any] = {
         "nodeSelector": engine.node_selector,
-        "tolerations": [item.model_dump(by_alias=True, exclude_none=True) for item in engine.tolerations],
-        "affinity": engine.affinity,
-        "topologySpreadConstraints": list(engine.topology_spread_constraints),
+        "tolerations": [_written(item) for item in engine.tolerations],
+        "affinity": _written(engine.affinity) if engine.affinity is not None else {},
+        "topologySpreadConstraints": [_written(item) for item in engine.topology_spread_constraints],
         "priorityClassName": engine.priority_class_name,
         "schedulerName": engine.scheduler_name,
         "runtimeClassName": engine.runtime_class_name,
         "imagePullSecrets": [{"name": ref.name} for ref in spec.image_pull_secrets],
     }
     return {name: value for name, value in fields.items() if value}
+
+
+def _written(model: Model) -> dict[str, Any]:
+    """A type of core/v1 as the user wrote it: no default of ours is added."""
+    return model.model_dump(mode="json", by_alias=True, exclude_unset=True, exclude_none=True)

@@ -154,8 +154,9 @@ def _contested(facts: Facts) -> Verdict | None:
 
 
 def _not_measured(facts: Facts) -> Verdict | None:
-    if facts.verification == "Off":
-        return Verdict("Unknown", "VerificationOff", "spec.security.verification.mode is Off: nothing is measured.")
+    if facts.verification == "Disabled":
+        told = "spec.security.verification.mode is Disabled: nothing is measured."
+        return Verdict("Unknown", "VerificationDisabled", told)
     return Verdict(
         "Unknown",
         "NotMeasured",

@@ -1,0 +1,95 @@
+"""What the models of the resource are made of: their base, the forms of strings and numbers, lists, CEL rules.
+
+Every form that ends in an object is at most as wide as Kubernetes' own validation (apimachinery,
+pkg/util/validation): what is accepted here can be applied.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic.alias_generators import to_camel
+
+from securevllm.api.units import QUANTITY_PATTERN
+
+CRD_DEFAULT: dict[str, Any] = {"x-crd-default": True}
+"""Marks a field whose default the API server sets."""
+
+
+class Model(BaseModel):
+    """Base of all models: immutable, no unknown fields, camelCase in YAML."""
+
+    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid")
+
+
+def rule(expression: str, message: str) -> dict[str, JsonValue]:
+    """One entry of ``x-kubernetes-validations`` (CEL)."""
+    return {"rule": expression, "message": message}
+
+
+def rules(*entries: dict[str, JsonValue]) -> dict[str, Any]:
+    """Schema extra of a model or a field: rules that the API server judges too."""
+    return {"x-kubernetes-validations": list(entries)}
+
+
+def exactly_one(*fields: str) -> dict[str, JsonValue]:
+    """Rule of a model: one of its fields is set."""
+    return rule(f"{_count(fields)} == 1", f"exactly one of {_names(fields)}")
+
+
+def at_most_one(*fields: str) -> dict[str, JsonValue]:
+    """Rule of a model: one of its fields is set, or none."""
+    return rule(f"{_count(fields)} <= 1", f"at most one of {_names(fields)}")
+
+
+def _count(fields: tuple[str, ...]) -> str:
+    return " + ".join(f"(has(self.{name}) ? 1 : 0)" for name in fields)
+
+
+def _names(fields: tuple[str, ...]) -> str:
+    return f"{', '.join(fields[:-1])} and {fields[-1]}"
+
+
+def listed(*keys: str, limit: int = 32, set_: bool = False) -> dict[str, Any]:
+    """List type for server-side apply (Kubernetes API conventions, "merge strategy"); with keys, a map."""
+    kind = "map" if keys else "set" if set_ else "atomic"
+    extra: dict[str, Any] = {"x-kubernetes-list-type": kind, "maxItems": limit}
+    if keys:
+        extra["x-kubernetes-list-map-keys"] = list(keys)
+    return extra
+
+
+_LABEL = r"[a-z0-9]([-a-z0-9]*[a-z0-9])?"
+_SUBDOMAIN = rf"{_LABEL}(\.{_LABEL})*"
+
+# A value that becomes a command-line argument never begins with "-": vLLM's parser would read it as a flag.
+ModelName = Annotated[str, Field(max_length=253, pattern=r"^[A-Za-z0-9/][A-Za-z0-9._/-]*$")]
+Word = Annotated[str, Field(max_length=253, pattern=r"^[A-Za-z0-9][A-Za-z0-9._/-]*$")]
+Image = Annotated[str, Field(max_length=512, pattern=r"^[a-z0-9][A-Za-z0-9._/:-]*(@sha256:[a-f0-9]{64})?$")]
+DnsLabel = Annotated[str, Field(max_length=63, pattern=rf"^{_LABEL}$")]
+DnsName = Annotated[str, Field(max_length=253, pattern=rf"^{_SUBDOMAIN}$")]
+Port = Annotated[int, Field(ge=1024, le=65535)]
+Quantity = Annotated[
+    str | int,
+    Field(
+        json_schema_extra={
+            "x-kubernetes-int-or-string": True,
+            "maxLength": 32,
+            "minimum": 0,
+            "pattern": QUANTITY_PATTERN,
+        }
+    ),
+]
+Duration = Annotated[str, Field(max_length=16, pattern=r"^[0-9]{1,6}(s|m|h)$")]
+Why = Annotated[str, Field(min_length=10, max_length=500)]
+Cidr = Annotated[str, Field(max_length=49, pattern=r"^[0-9a-fA-F.:]+/[0-9]{1,3}$")]
+HttpsUrl = Annotated[str, Field(max_length=253, pattern=r"^https://[A-Za-z0-9][A-Za-z0-9.:/-]*$")]
+# Kubernetes takes 253 characters before the slash. Here they are 253 in all, and no rule has to count to the slash.
+LabelKey = Annotated[
+    str,
+    Field(max_length=253, pattern=rf"^({_SUBDOMAIN}/)?[A-Za-z0-9]([A-Za-z0-9._-]{{0,61}}[A-Za-z0-9])?$"),
+]
+LabelValue = Annotated[str, Field(max_length=63, pattern=r"^([A-Za-z0-9]([A-Za-z0-9._-]*[A-Za-z0-9])?)?$")]
+Labels = Annotated[dict[LabelKey, LabelValue], Field(max_length=32)]
+Annotations = Annotated[dict[LabelKey, Annotated[str, Field(max_length=1024)]], Field(max_length=16)]
