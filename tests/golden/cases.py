@@ -96,17 +96,27 @@ def _shown(made: Rendered) -> Iterator[Object]:
     yield made.deny
     yield from made.isolation
     yield from (item.object for item in made.generated)
+    shown_templates = {
+        obj["metadata"]["labels"]["app.kubernetes.io/component"]: obj["spec"]["template"]
+        for obj in made.workloads
+        if obj["kind"] == "Deployment"
+    }
     for obj in (*made.configuration, *made.workloads):
         shown = dict(obj)
         for field in ("data", "stringData"):
             if field in shown:
-                shown[field] = {key: _readable(key, text) for key, text in shown[field].items()}
+                shown[field] = {key: _readable(key, text, shown_templates) for key, text in shown[field].items()}
         yield shown
 
 
-def _readable(key: str, text: str) -> Any:
+def _readable(key: str, text: str, shown: Mapping[str, Object]) -> Any:
     if key == "seal":
         return "(HMAC of the above)"
+    if key == "templates.json":
+        return {
+            name: {**pin, "template": "(as in its Deployment)"} if pin["template"] == shown.get(name) else pin
+            for name, pin in json.loads(text).items()
+        }
     if key.endswith(".json"):
         return json.loads(text)
     return f"(envoy/{key})"

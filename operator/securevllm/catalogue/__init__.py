@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-_VERSION = re.compile(r"v?(\d{1,4})\.(\d{1,4})(?:\.(\d{1,4}))?(?:\.post\d+)?(?:[-+][0-9A-Za-z.-]+)?")
+_VERSION = re.compile(r"v?(\d{1,4})\.(\d{1,4})(?:\.(\d{1,4}))?(?:\.post\d+)?(?:[-+][0-9A-Za-z.-]+)?", re.ASCII)
 
 WEBSOCKET = "WEBSOCKET"
 """Method of a row that is a WebSocket and not an HTTP route."""

@@ -1,0 +1,94 @@
+"""What was accepted is kept under a seal: changed by somebody else, it counts as lost."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from securevllm.render.accepted import Kept, Pin, config_map, read, settle
+from securevllm.render.meta import Owner, digest
+
+OWNER = Owner("llama", "apps", "uid-1")
+KEY = b"k" * 32
+SPEC = {"image": "a:v0.33.0", "replicas": 2}
+KEPT = Kept(SPEC, {"engine": Pin("abc", {"spec": {"containers": []}})})
+OLD: dict[str, Any] = {"spec": {"containers": [{"image": "old"}]}}
+NEW: dict[str, Any] = {"spec": {"containers": [{"image": "new"}]}}
+
+
+def data() -> dict[str, str]:
+    found: dict[str, str] = config_map(OWNER, KEPT, KEY)["data"]
+    return found
+
+
+def test_it_is_read_back() -> None:
+    assert config_map(OWNER, KEPT, KEY)["metadata"]["name"] == "llama-accepted"
+    assert read(OWNER, data(), KEY) == KEPT
+
+
+@pytest.mark.parametrize("name", ["spec.json", "templates.json", "seal"])
+@pytest.mark.parametrize("value", ["", "{}", "\u00e9", "x" * 64, None])
+def test_every_tampering_is_refused(name: str, value: str | None) -> None:
+    changed = data()
+    if value is None:
+        del changed[name]
+    else:
+        changed[name] = value
+    assert read(OWNER, changed, KEY) is None
+
+
+def test_one_character_is_enough() -> None:
+    for name, text in data().items():
+        for index in (0, len(text) // 2, len(text) - 1):
+            other = "0" if text[index] != "0" else "1"
+            assert read(OWNER, {**data(), name: text[:index] + other + text[index + 1 :]}, KEY) is None
+
+
+def test_text_cannot_move_between_the_parts() -> None:
+    whole = data()
+    assert (
+        read(
+            OWNER, {**whole, "spec.json": whole["spec.json"] + "\n", "templates.json": whole["templates.json"][1:]}, KEY
+        )
+        is None
+    )
+    swapped = {**whole, "spec.json": whole["templates.json"], "templates.json": whole["spec.json"]}
+    assert read(OWNER, swapped, KEY) is None
+
+
+def test_it_belongs_to_one_resource_and_one_key() -> None:
+    assert read(Owner("llama", "apps", "uid-2"), data(), KEY) is None
+    assert read(OWNER, data(), b"another") is None
+    assert read(OWNER, {}, KEY) is None
+
+
+def test_nothing_of_the_key_is_shown() -> None:
+    assert "kkkk" not in str(config_map(OWNER, KEPT, KEY))
+
+
+# ---------------------------------------------------------------------------------------------------- settle (I11)
+
+
+def test_the_first_template_is_the_fresh_one() -> None:
+    settled = settle(NEW, {"a": 1}, None, "WithSpec")
+    assert (settled.pin, settled.outdated) == (Pin(digest({"a": 1}), NEW), False)
+
+
+def test_another_rendering_of_the_same_inputs_is_only_reported() -> None:
+    pin = settle(OLD, {"a": 1}, None, "WithSpec").pin
+    settled = settle(NEW, {"a": 1}, pin, "WithSpec")
+    assert (settled.pin.template, settled.outdated) == (OLD, True)
+    assert not settle(OLD, {"a": 1}, pin, "WithSpec").outdated
+
+
+def test_a_change_of_the_inputs_rolls() -> None:
+    pin = settle(OLD, {"a": 1}, None, "WithSpec").pin
+    settled = settle(NEW, {"a": 2}, pin, "WithSpec")
+    assert (settled.pin, settled.outdated) == (Pin(digest({"a": 2}), NEW), False)
+
+
+def test_always_rolls() -> None:
+    pin = settle(OLD, {"a": 1}, None, "Always").pin
+    settled = settle(NEW, {"a": 1}, pin, "Always")
+    assert (settled.pin.template, settled.outdated) == (NEW, False)

@@ -1,0 +1,127 @@
+"""The tables agree with the models, with each other and with themselves."""
+
+from __future__ import annotations
+
+import tomllib
+from importlib import resources
+from typing import Any, get_args
+
+import pytest
+
+from securevllm import catalogue
+from securevllm.api import types as api
+from securevllm.catalogue import Range, Version
+
+
+def table(name: str) -> dict[str, Any]:
+    return tomllib.loads((resources.files(catalogue) / "data" / name).read_text(encoding="utf-8"))
+
+
+def test_profiles_of_the_routes_are_those_of_the_spec() -> None:
+    assert set(catalogue.profiles()) == set(get_args(api.Profile))
+
+
+def test_every_profile_opens_a_route_of_the_newest_version() -> None:
+    opened = {name for route in catalogue.routes_of(catalogue.newest()).values() for name in route.profiles}
+    assert opened == set(get_args(api.Profile))
+
+
+def test_a_route_that_is_never_open_is_in_no_profile() -> None:
+    assert [route.path for route in catalogue.routes() if route.never and route.profiles] == []
+
+
+def test_a_route_without_a_key_of_its_own_is_opened_by_name_only() -> None:
+    """I4: the engine's key is the second lock behind the gateway's; these two have none, so no profile opens them."""
+    keyless = [route for route in catalogue.routes() if not route.key and not route.never]
+    assert {route.path for route in keyless} == {"/pooling", "/classify"}
+    assert {route.profiles for route in keyless} == {()}
+
+
+@pytest.mark.parametrize("route", catalogue.routes(), ids=lambda route: f"{route.method} {route.path}")
+def test_a_route_is_a_full_row(route: catalogue.Route) -> None:
+    assert route.source
+    assert route.category in {"inference", "utility", "observability", "control", "docs"}
+    assert route.path.startswith("/")
+    assert route.method in {"GET", "POST", "PUT", "PATCH", "DELETE", catalogue.WEBSOCKET}
+    ends = (route.versions.since, route.versions.until)
+    assert None in ends or ends[0] < ends[1]  # type: ignore[operator]  # neither is None
+
+
+def test_no_version_has_a_route_twice() -> None:
+    for version in (catalogue.floor(), catalogue.newest(), Version(0, 15), Version(0, 22)):
+        rows = [(route.method, route.path) for route in catalogue.routes() if version in route.versions]
+        assert len(rows) == len(set(rows))
+
+
+def test_ports_of_the_spec_are_the_sockets_that_can_be_moved() -> None:
+    fields = {field.alias for field in api.Ports.model_fields.values()}
+    assert {socket.spec for socket in catalogue.sockets().values()} == fields
+
+
+def test_default_ports_do_not_meet() -> None:
+    ports = [socket.port for socket in catalogue.sockets().values()]
+    assert len(ports) == len(set(ports))
+    assert all(socket.source and socket.protocol in {"TCP", "UDP"} for socket in catalogue.sockets().values())
+
+
+def test_a_flag_is_owned_or_allowed_and_never_both() -> None:
+    flags = catalogue.flags()
+    assert flags.owned.keys() & flags.allowed.keys() == set()
+    assert all(
+        name.startswith("--") and name == name.lower() and "_" not in name for name in flags.owned | flags.allowed
+    )
+    assert set(flags.allowed.values()) <= {"none", "int", "float", "word"}
+
+
+def test_allowed_flags_cannot_be_read_as_owned_ones() -> None:
+    """argparse takes an unambiguous prefix: an allowed name must be no prefix of an owned one."""
+    flags = catalogue.flags()
+    assert [(a, o) for a in flags.allowed for o in flags.owned if o.startswith(a)] == []
+
+
+def test_a_variable_is_set_or_allowed_and_never_both() -> None:
+    environment = catalogue.environment()
+    assert environment.fixed.keys() & environment.allowed == set()
+
+
+def test_versions_are_ordered_and_the_floor_is_catalogued() -> None:
+    assert catalogue.floor() <= catalogue.newest()
+    texts = table("versions.toml")
+    assert {str(catalogue.floor()), str(catalogue.newest())} == {texts["floor"], texts["newest"]}
+
+
+@pytest.mark.parametrize(
+    ("text", "version"),
+    [
+        ("0.33.0", Version(0, 33)),
+        ("v0.33.1", Version(0, 33, 1)),
+        ("v0.33", Version(0, 33)),
+        ("v0.33.0-cu130", Version(0, 33)),
+        ("0.33.0+cpu", Version(0, 33)),
+        ("v0.10.1.post1", Version(0, 10, 1)),
+    ],
+)
+def test_a_version_is_read(text: str, version: Version) -> None:
+    assert Version.parse(text) == version
+
+
+@pytest.mark.parametrize(
+    "text", ["", "latest", "nightly", "0", "v", "0.33.0\n", "v0.33.x", "99999.1", "٠.33.0", "0.33.0 "]
+)
+def test_what_is_no_version_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="not a vLLM release number"):
+        Version.parse(text)
+
+
+def test_versions_are_compared_as_numbers() -> None:
+    assert Version.parse("0.9.2") < Version.parse("0.10.0") < Version.parse("0.10.1")
+    assert str(Version(0, 33, 1)) == "0.33.1"
+
+
+def test_a_range_holds_its_beginning_and_not_its_end() -> None:
+    some = Range(Version(0, 16), Version(0, 24))
+    inside = [
+        version for version in (Version(0, 15, 9), Version(0, 16), Version(0, 23, 9), Version(0, 24)) if version in some
+    ]
+    assert inside == [Version(0, 16), Version(0, 23, 9)]
+    assert Version(0, 1) in Range()

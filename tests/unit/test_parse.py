@@ -1,0 +1,216 @@
+"""What is wrong with a spec is told: the field, the value, the rule and what to write instead."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from securevllm import catalogue
+from securevllm.api.parse import Accepted, parse
+from securevllm.errors import Problem, SpecError
+
+HUB = {"name": "meta-llama/Llama-3.1-8B", "source": {"huggingFace": {}}}
+FINE: dict[str, Any] = {"model": HUB, "image": "vllm/vllm-openai:v0.33.0"}
+NEWER = f"0.{catalogue.newest().minor + 1}.0"
+WHY = "because of the test"
+
+
+def problems(name: str = "llama", **spec: Any) -> tuple[Problem, ...]:
+    """Everything that is wrong with the fine spec with other fields; a field that is None is left out."""
+    raw = {key: value for key, value in {**FINE, **spec}.items() if value is not None}
+    with pytest.raises(SpecError) as caught:
+        parse(name, raw)
+    return caught.value.problems
+
+
+def accepted(**spec: Any) -> Accepted:
+    return parse("llama", {**FINE, **spec})
+
+
+def test_a_fine_spec_is_accepted() -> None:
+    found = accepted()
+    assert (str(found.version), found.risks, found.raw) == ("0.33.0", (), FINE)
+
+
+def hub(**fields: Any) -> dict[str, Any]:
+    return {"model": {**HUB, "source": {"huggingFace": fields}}}
+
+
+def gateway(**fields: Any) -> dict[str, Any]:
+    return {"gateway": fields}
+
+
+def engine(**fields: Any) -> dict[str, Any]:
+    return {"engine": fields}
+
+
+def egress(to: dict[str, Any], port: int = 443) -> dict[str, Any]:
+    return {"security": {"egress": [{"to": to, "ports": [{"port": port}], "why": WHY}]}}
+
+
+# spec, field, reason, what the message must hold
+REFUSED: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
+    ("no image", {"image": None}, "spec.image", "InvalidSpec", ("Field required", "kubectl explain")),
+    ("no model", {"model": None}, "spec.model", "InvalidSpec", ("Field required",)),
+    ("unknown field", {"modle": {}}, "spec.modle", "InvalidSpec", ("Extra inputs",)),
+    ("wrong type", {"replicas": "2"}, "spec.replicas", "InvalidSpec", ("'2'", "valid integer")),
+    ("wrong quantity type", engine(sharedMemory=1.5), "spec.engine.sharedMemory", "InvalidSpec", ("'1.5'",)),
+    ("quantity", engine(sharedMemory="8 GiB"), "spec.engine.sharedMemory", "InvalidSpec", ("'8 GiB'", "8Gi")),
+    ("label key", engine(labels={"a b": "x"}), "spec.engine.labels.a b", "InvalidSpec", ("pattern", "engine.labels")),
+    ("snake case", engine(shared_memory="1Gi"), "spec.engine.shared_memory", "InvalidSpec", ("Extra inputs",)),
+    ("twice in a set", gateway(routes={"profiles": ["chat", "chat"]}), "spec.gateway.routes.profiles[1]", "InvalidSpec", ("twice",)),
+    ("no source", {"model": {"name": "a/b"}}, "spec.model.source", "ModelSourceMissing", ("source: {huggingFace: {}}", "egress")),
+    ("two sources", {"model": {**HUB, "source": {"huggingFace": {}, "persistentVolumeClaim": {"claimName": "a"}}}}, "spec.model.source", "InvalidSpec", ("exactly one",)),
+    ("empty source", {"model": {**HUB, "source": {}}}, "spec.model.source", "InvalidSpec", ("exactly one",)),
+    ("path at a hub", {"model": {**HUB, "name": "/a/b"}}, "spec.model.name", "InvalidSpec", ("owner/name", "'/a/b'")),
+    ("deep hub name", {"model": {**HUB, "name": "a/b/c"}}, "spec.model.name", "InvalidSpec", ("owner/name",)),
+    ("climbing", {"model": {"name": "/a/../b"}}, "spec.model.name", "InvalidSpec", ("'..'",)),
+    ("climbing in a claim", {"model": {"name": "a", "source": {"persistentVolumeClaim": {"claimName": "a", "path": "a/../../b"}}}}, "spec.model.source.persistentVolumeClaim.path", "InvalidSpec", ("'..'",)),
+    ("hub address", hub(endpoint="https://hub:99999"), "spec.model.source.huggingFace.endpoint", "InvalidSpec", ("hub:99999", "https://hub.example.com")),
+    ("storage not shared", {**hub(), "replicas": 2}, "spec.model.source.huggingFace.storage.accessModes", "StorageNotShared", ("2 replicas", "ReadWriteMany", "ReadWriteOnce")),
+    ("storage not writable", hub(storage={"accessModes": ["ReadOnlyMany"]}), "spec.model.source.huggingFace.storage.accessModes", "InvalidSpec", ("write",)),
+    ("nodes", {"parallelism": {"nodes": 2}}, "spec.parallelism.nodes", "NotSupportedYet", ("For now", "within one pod")),
+    ("data", {"parallelism": {"data": {"size": 2}}}, "spec.parallelism.data", "NotSupportedYet", ("replicas",)),
+    ("expert", {"parallelism": {"expert": True}}, "spec.parallelism.expert", "NotSupportedYet", ("leave it out",)),
+    ("disaggregation", {"disaggregation": {"connector": "nixl"}}, "spec.disaggregation", "NotSupportedYet", ("leave it out",)),
+    ("model image", {"model": {"name": "a/b", "source": {"image": {"reference": "a/b:c"}}}}, "spec.model.source.image", "NotSupportedYet", ("persistentVolumeClaim",)),
+    ("volumes", engine(volumes=[{"name": "a", "mountPath": "/a", "configMap": {"name": "a"}}]), "spec.engine.volumes", "NotSupportedYet", ("image",)),
+    ("realtime", gateway(routes={"profiles": ["realtime"]}), "spec.gateway.routes.profiles", "NotSupportedYet", ("WebSockets",)),
+    ("jwt", gateway(authentication={"jwt": {"issuer": "a", "audiences": ["b"], "localJwks": {"name": "a", "key": "b"}}}), "spec.gateway.authentication.jwt", "NotSupportedYet", ("apiKeys",)),
+    ("mtls", gateway(authentication={"mtls": {"caSecretRef": {"name": "a"}}}), "spec.gateway.authentication.mtls", "NotSupportedYet", ("apiKeys",)),
+    ("autoscaling", gateway(autoscaling={"maxReplicas": 3}), "spec.gateway.autoscaling", "NotSupportedYet", ("replicas",)),
+    ("metrics", {"security": {"metrics": {"from": {}}}}, "spec.security.metrics", "NotSupportedYet", ("leave it out",)),
+    ("gate", {"security": {"gate": {"disabled": WHY}}}, "spec.security.gate.disabled", "NotSupportedYet", ("no gate",)),
+    ("enforce", {"security": {"verification": {"mode": "Enforce"}}}, "spec.security.verification.mode", "NotSupportedYet", ("Report",)),
+    ("no tag", {"image": "vllm/vllm-openai"}, "spec.image", "VersionUnreadable", ("'vllm/vllm-openai'", "vllmVersion: {assume:")),
+    ("latest", {"image": "vllm/vllm-openai:latest"}, "spec.image", "VersionUnreadable", ("release tag",)),
+    ("port of a registry", {"image": "reg:5000/vllm"}, "spec.image", "VersionUnreadable", ("release tag",)),
+    ("digest only", {"image": "reg/vllm@sha256:" + "1" * 64}, "spec.image", "VersionUnreadable", ("release tag",)),
+    ("newer", {"image": f"v:v{NEWER}"}, "spec.image", "VersionUnknown", (NEWER, "catalogue ends at")),
+    ("newer, assumed", {"vllmVersion": {"assume": NEWER}}, "spec.vllmVersion.assume", "VersionUnknown", (NEWER,)),
+    ("older", {"image": "v:v0.20.0"}, "spec.image", "VersionBelowFloor", ("0.20.0", "accept: [{risk: vllmVersionBelowFloor")),
+    ("long name", {"name": "a" * 41}, "metadata.name", "NameTooLong", ("40", "shorter")),
+    ("digit first", {"name": "1a"}, "metadata.name", "InvalidSpec", ("'1a'", "letter")),
+    ("dotted name", {"name": "a.b"}, "metadata.name", "InvalidSpec", ("'a.b'",)),
+    ("port taken", {"ports": {"api": 29501}}, "spec.ports.api", "PortConflict", ("api and torchDistributed", "29501")),
+    ("two ports", {"ports": {"kvEvents": 7000, "api": 7000}}, "spec.ports.api", "PortConflict", ("api and kvEvents",)),
+    ("privileged port", {"ports": {"api": 80}}, "spec.ports.api", "InvalidSpec", ("1024",)),
+    ("unknown route", gateway(routes={"allow": [{"method": "POST", "path": "/v1/nothing"}]}), "spec.gateway.routes.allow[0]", "RouteUnknown", ("POST /v1/nothing", "securevllm routes")),
+    ("other method", gateway(routes={"allow": [{"method": "DELETE", "path": "/v1/models"}]}), "spec.gateway.routes.allow[0]", "RouteUnknown", ("DELETE /v1/models",)),
+    ("forbidden route", gateway(routes={"allow": [{"method": "POST", "path": "/collective_rpc"}]}), "spec.gateway.routes.allow[0]", "RouteForbidden", ("never", "Leave it out")),
+    ("argument", engine(args=["--trust-remote-code"]), "spec.engine.args[0]", "ArgumentRefused", ("'--trust-remote-code'", "--max-model-len")),
+    ("variable", engine(env=[{"name": "LD_PRELOAD", "value": "x"}]), "spec.engine.env[0].name", "VariableRefused", ("'LD_PRELOAD'", "NCCL_DEBUG")),
+    ("label", engine(labels={"securevllm.io/role": "gateway"}), "spec.engine.labels", "LabelRefused", ("securevllm.io/role", "prefix of your own")),
+    ("annotation", engine(annotations={"k8s.v1.cni.cncf.io/networks": "x"}), "spec.engine.annotations", "AnnotationRefused", ("k8s.v1.cni.cncf.io/networks", "safe-to-evict")),
+    ("service annotation", gateway(service={"annotations": {"external-dns.alpha.kubernetes.io/hostname": "x"}}), "spec.gateway.service.annotations", "AnnotationRefused", ("external-dns", "metallb.io/")),
+    ("rdma", engine(resources={"limits": {"rdma/hca": 1}}), "spec.engine.resources.limits", "ResourceRefused", ("rdma/hca", "NetworkPolicy")),
+    ("gpu of a gateway", gateway(resources={"limits": {"nvidia.com/gpu": 1}}), "spec.gateway.resources.limits", "ResourceRefused", ("nvidia.com/gpu",)),
+    ("too few gpus", {"parallelism": {"tensor": 4}, **engine(resources={"limits": {"nvidia.com/gpu": 1}})}, "spec.engine.resources.limits.nvidia.com/gpu", "InvalidSpec", ("4 GPUs", "'1'")),
+    ("gpu request only", engine(resources={"requests": {"nvidia.com/gpu": 1}}), "spec.engine.resources.limits.nvidia.com/gpu", "InvalidSpec", ("1 GPUs",)),
+    ("gpu request differs", engine(resources={"requests": {"nvidia.com/gpu": 2}, "limits": {"nvidia.com/gpu": 1}}), "spec.engine.resources.requests.nvidia.com/gpu", "InvalidSpec", ("'2'",)),
+    ("load balancer", gateway(service={"type": "LoadBalancer"}), "spec.gateway.clients.cidrs", "ClientsRequired", ("LoadBalancer", "cidrs: [")),
+    ("node port", gateway(service={"type": "NodePort"}, clients={"podSelector": {}}), "spec.gateway.clients.cidrs", "ClientsRequired", ("NodePort",)),
+    ("host bits", gateway(clients={"cidrs": ["10.0.0.1/8"]}), "spec.gateway.clients.cidrs[0]", "InvalidSpec", ("host bits", "203.0.113.0/24")),
+    ("no network", egress({"cidrs": ["1.1.1/99"]}), "spec.security.egress[0].to.cidrs", "InvalidSpec", ("1.1.1/99",)),
+    ("egress to nobody", egress({}), "spec.security.egress[0].to", "EgressRefused", ("nobody is named",)),
+    ("metadata", egress({"cidrs": ["169.254.169.254/32"]}), "spec.security.egress[0].to.cidrs", "EgressRefused", ("169.254.169.254/32", "podSelector")),
+    ("private", egress({"cidrs": ["10.1.0.0/16"]}), "spec.security.egress[0].to.cidrs", "EgressRefused", ("private",)),
+    ("translation prefix", egress({"cidrs": ["64:ff9b::a00:0/104"]}), "spec.security.egress[0].to.cidrs", "EgressRefused", ("64:ff9b",)),
+    ("multicast", egress({"cidrs": ["224.0.0.0/24"]}), "spec.security.egress[0].to.cidrs", "EgressRefused", ("224.0.0.0/24",)),
+    ("values of a selector", egress({"podSelector": {"matchExpressions": [{"key": "a", "operator": "In"}]}}), "spec.security.egress[0].to.podSelector.matchExpressions[0].values", "InvalidSpec", ("'In'",)),
+    ("none beside keys", gateway(authentication={"none": "I accept it", "apiKeys": {"secretRefs": [{"name": "a"}]}}), "spec.gateway.authentication", "InvalidSpec", ("at most one",)),
+    ("plain beside a certificate", gateway(tls={"secretName": "a", "disabled": WHY}), "spec.gateway.tls", "InvalidSpec", ("at most one",)),
+    ("none without words", gateway(authentication={"none": "yes, please"}), "spec.gateway.authentication.none", "InvalidSpec", ("I accept",)),
+    ("large body", gateway(limits={"requestBody": "3Gi"}), "spec.gateway.limits.requestBody", "InvalidSpec", ("3Gi",)),
+    ("no memory", gateway(resources={"limits": {"memory": "1Mi"}}), "spec.gateway.resources.limits.memory", "InvalidSpec", ("64Mi",)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("spec", "field", "reason", "told"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED]
+)
+def test_refused(spec: dict[str, Any], field: str, reason: str, told: tuple[str, ...]) -> None:
+    found = problems(**spec)
+    assert {(problem.field, problem.reason) for problem in found} == {(field, reason)}
+    text = " ".join(map(str, found))
+    assert text.startswith(field)
+    assert [fragment for fragment in told if fragment not in text] == []
+
+
+def test_every_reason_is_tried() -> None:
+    reasons = {row[3] for row in REFUSED}
+    assert reasons == {
+        "AnnotationRefused", "ArgumentRefused", "ClientsRequired", "EgressRefused", "InvalidSpec", "LabelRefused",
+        "ModelSourceMissing", "NameTooLong", "NotSupportedYet", "PortConflict", "ResourceRefused", "RouteForbidden",
+        "RouteUnknown", "StorageNotShared", "VariableRefused", "VersionBelowFloor", "VersionUnknown",
+        "VersionUnreadable",
+    }  # fmt: skip
+
+
+def test_everything_that_is_wrong_is_told_at_once() -> None:
+    found = problems(
+        name="Llama",
+        model={"name": "a/b"},
+        image="vllm:latest",
+        engine={"args": ["--middleware=x", "--max-model-len=many"], "env": [{"name": "PATH", "value": "x"}]},
+    )
+    assert {problem.reason for problem in found} == {
+        "InvalidSpec", "ModelSourceMissing", "VersionUnreadable", "ArgumentRefused", "VariableRefused"
+    }  # fmt: skip
+    assert len(found) == 6
+    assert found == tuple(sorted(found))
+
+
+def test_the_error_tells_all_and_has_the_first_reason() -> None:
+    with pytest.raises(SpecError) as caught:
+        parse("llama", {**FINE, "ports": {"api": 29501}, "parallelism": {"expert": True}})
+    assert caught.value.reason == "NotSupportedYet"
+    assert all(str(problem) in str(caught.value) for problem in caught.value.problems)
+
+
+def test_a_forbidden_route_is_forbidden_in_every_version_that_has_it() -> None:
+    forbidden = [route for route in catalogue.routes_of(catalogue.newest()).values() if route.never]
+    allow = [{"method": route.method, "path": route.path} for route in forbidden]
+    for part in (allow[:60], allow[60:]):
+        if part:
+            assert {problem.reason for problem in problems(gateway={"routes": {"allow": part}})} == {"RouteForbidden"}
+
+
+def test_risks_are_kept_in_the_users_words() -> None:
+    found = accepted(
+        image="vllm/vllm-openai:v0.20.0",
+        gateway={"authentication": {"none": "I accept open doors"}, "tls": {"disabled": "a mesh does it"}},
+        security={
+            "accept": [{"risk": "vllmVersionBelowFloor", "why": "fixed next week"}],
+            "egress": [{"to": {"cidrs": ["0.0.0.0/0"]}, "ports": [{"port": 443}], "why": "images of users"}],
+        },
+    )
+    assert found.risks == (
+        "gateway.authentication.none: I accept open doors",
+        "gateway.tls.disabled: a mesh does it",
+        "vllmVersionBelowFloor: fixed next week",
+        "security.egress: images of users",
+    )
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [
+        {"image": "reg:5000/vllm/vllm-openai:v0.33.0-cu130@sha256:" + "1" * 64},
+        {"image": "own/build:main", "vllmVersion": {"assume": "v0.33"}},
+        {"model": {"name": "gpt2", "source": {"huggingFace": {"endpoint": "https://hub.example.com:8443/api"}}}},
+        {"model": {"name": "/models/llama"}, "replicas": 3},
+        {"model": HUB, "replicas": 0},
+        {**hub(storage={"claimName": "shared"}), "replicas": 2},
+        {**hub(storage={"accessModes": ["ReadWriteMany"]}), "replicas": 2},
+        {"parallelism": {"tensor": 4, "pipeline": 2}, **engine(resources={"limits": {"nvidia.com/gpu": "8"}})},
+        gateway(clients={}),
+        gateway(service={"type": "NodePort"}, clients={"cidrs": ["203.0.113.0/24", "2001:db8::/32"]}),
+        egress({"cidrs": ["0.0.0.0/0", "::/0", "8.8.8.0/24"]}),
+        egress({"namespaceSelector": {}}),
+    ],
+    ids=str,
+)
+def test_accepted(spec: dict[str, Any]) -> None:
+    assert accepted(**spec).risks is not None

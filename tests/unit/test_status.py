@@ -1,0 +1,197 @@
+"""From facts to conditions: each reason, who wins, and what is told when."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from securevllm.errors import Problem
+from securevllm.status import Facts, Fetch, Gateway, Workload, fetch, status, transitions, workload
+
+NOW, LATER = "2026-01-01T00:00:00Z", "2026-01-01T00:01:00Z"
+DONE = Workload(desired=2, updated=2, ready=2, replicas=2)
+GOOD: dict[str, Any] = {
+    "generation": 3, "engine": DONE, "gateway": DONE, "served": Gateway({"a": (), "b": ()}), "url": "https://x", "version": "0.33.0"
+}  # fmt: skip
+WRONG = Problem("spec.image", "VersionUnreadable", "no version", "Use a tag.", "a:b")
+
+
+def conditions(**facts: Any) -> dict[str, dict[str, Any]]:
+    found = status(Facts(**{**GOOD, **facts}), {}, NOW)["conditions"]
+    return {item["type"]: item for item in found}
+
+
+def test_all_is_well() -> None:
+    found = conditions()
+    assert {name: (item["status"], item["reason"]) for name, item in found.items()} == {
+        "Accepted": ("True", "SpecAccepted"),
+        "EnginesReady": ("True", "AllReady"),
+        "GatewayReady": ("True", "ServingCurrentRevision"),
+        "Isolated": ("Unknown", "NotMeasured"),
+        "Ready": ("True", "Serving"),
+        "Stalled": ("False", "SpecAccepted"),
+    }
+    assert all(item["observedGeneration"] == 3 for item in found.values())
+
+
+CASES: list[tuple[str, str, str, str, dict[str, Any]]] = [
+    ("Accepted", "False", "VersionUnreadable", "Use a tag.", {"problems": (WRONG,)}),
+    ("Accepted", "False", "VersionUnreadable", "keeps running", {"problems": (WRONG,), "fallback": True}),
+    ("Accepted", "False", "VersionUnreadable", "No earlier accepted spec", {"problems": (WRONG,), "lost": True}),
+    ("EnginesReady", "False", "ApplyFailed", "quota", {"failures": {"isolation/NetworkPolicy a": "quota"}}),
+    ("EnginesReady", "False", "ApplyFailed", "Deployment a: quota (1 more)", {"failures": {"engine/Deployment a": "quota", "engine/Service b": "x"}}),
+    ("EnginesReady", "False", "ForeignObject", "Deployment a", {"failures": {"engine/Deployment a": "exists and belongs to b"}}),
+    ("EnginesReady", "False", "ApplyFailed", "PersistentVolumeClaim", {"failures": {"fetch/PersistentVolumeClaim a": "quota"}, "fetch": Fetch(done=False)}),
+    ("EnginesReady", "False", "ApplyFailed", "ConfigMap a", {"failures": {"operator/ConfigMap a": "quota"}}),
+    ("EnginesReady", "False", "Suspended", "spec.suspend", {"suspended": True}),
+    ("EnginesReady", "False", "FetchingModel", "fetch Job", {"fetch": Fetch(done=False)}),
+    ("EnginesReady", "False", "FetchFailed", "backoff", {"fetch": Fetch(done=False, failure="backoff")}),
+    ("EnginesReady", "False", "NotCreated", "do not exist", {"engine": None}),
+    ("EnginesReady", "False", "Progressing", "1 of 2 engines", {"engine": Workload(2, 2, 1, 2)}),
+    ("EnginesReady", "False", "Progressing", "1 have the current", {"engine": Workload(2, 1, 2, 2)}),
+    ("EnginesReady", "False", "Progressing", "2 of 2", {"engine": Workload(2, 2, 2, 2, observed=False)}),
+    ("EnginesReady", "False", "Progressing", "2 of 2", {"engine": Workload(2, 2, 2, 3)}),
+    ("EnginesReady", "False", "NotProgressing", "no GPU", {"engine": Workload(2, 2, 1, 2, failure="no GPU")}),
+    ("EnginesReady", "True", "AllReady", "2 of 2", {"fetch": Fetch(done=True)}),
+    ("GatewayReady", "False", "ApplyFailed", "quota", {"failures": {"gateway/Deployment a": "quota"}}),
+    ("GatewayReady", "False", "ApplyFailed", "quota", {"failures": {"operator/ConfigMap a": "quota"}}),
+    ("GatewayReady", "False", "Suspended", "policies are kept", {"suspended": True}),
+    ("GatewayReady", "False", "SecretMissing", "Secret a", {"missing": ("Secret a does not exist.",)}),
+    ("GatewayReady", "False", "NoClientKeys", "every request is refused. bad", {"no_keys": True, "keys": ("bad",)}),
+    ("GatewayReady", "False", "NotCreated", "gateways", {"gateway": None}),
+    ("GatewayReady", "False", "Progressing", "gateways", {"gateway": Workload(2, 2, 1, 2)}),
+    ("GatewayReady", "False", "RevisionUnknown", "No answer on the ops port of b", {"served": Gateway({"a": ()}, ("b",))}),
+    ("GatewayReady", "False", "RevisionUnknown", "1 of 2", {"served": Gateway({"a": ()})}),
+    ("GatewayReady", "False", "OldRevisionServed", "1 of 2 gateways do not serve", {"served": Gateway({"a": (), "b": ("rbac.yaml",)})}),
+    ("GatewayReady", "True", "SomeClientKeysRefused", "bad", {"keys": ("bad",)}),
+    ("Isolated", "False", "PolicyNotApplied", "quota", {"failures": {"isolation/NetworkPolicy a": "quota"}}),
+    ("Isolated", "False", "DriftContested", "a, b", {"contested": ("b", "a")}),
+    ("Isolated", "Unknown", "VerificationDisabled", "nothing is measured", {"verification": "Disabled"}),
+    ("Ready", "False", "VersionUnreadable", "Accepted: spec.image", {"problems": (WRONG,), "suspended": True}),
+    ("Ready", "False", "Suspended", "EnginesReady: ", {"suspended": True}),
+    ("Ready", "False", "SecretMissing", "GatewayReady: ", {"missing": ("Secret a does not exist.",)}),
+    ("Stalled", "True", "VersionUnreadable", "Use a tag.", {"problems": (WRONG,)}),
+    ("Stalled", "False", "SpecAccepted", "by itself", {"engine": None}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "truth", "reason", "told", "facts"), CASES)
+def test_conditions(name: str, truth: str, reason: str, told: str, facts: dict[str, Any]) -> None:
+    found = conditions(**facts)[name]
+    assert (found["status"], found["reason"]) == (truth, reason)
+    assert told in found["message"]
+
+
+def test_isolation_alone_does_not_unready() -> None:
+    """No mode that demands it is supported yet."""
+    assert conditions(contested=("a",))["Ready"]["status"] == "True"
+
+
+def test_messages_fit() -> None:
+    assert len(conditions(problems=(WRONG,) * 500)["Accepted"]["message"]) == 4096
+
+
+def test_nothing_new_is_the_same_status() -> None:
+    first = status(Facts(**GOOD), {}, NOW)
+    assert status(Facts(**GOOD), first, LATER) == first
+
+
+def test_the_time_moves_with_the_status_and_not_with_the_reason() -> None:
+    first = status(Facts(**{**GOOD, "suspended": True}), {}, NOW)
+    second = status(Facts(**{**GOOD, "engine": None}), first, LATER)
+    times = {item["type"]: item["lastTransitionTime"] for item in second["conditions"]}
+    assert times == {
+        "Accepted": NOW, "EnginesReady": NOW, "GatewayReady": LATER, "Isolated": NOW, "Ready": NOW, "Stalled": NOW
+    }  # fmt: skip
+
+
+def test_the_rest_of_the_status() -> None:
+    found = status(Facts(**{**GOOD, "outdated": ("engine",), "risks": ("x: y",), "selector": "a=b"}), {}, NOW)
+    del found["conditions"]
+    assert found == {
+        "observedGeneration": 3, "replicas": 2, "readyReplicas": 2, "selector": "a=b", "url": "https://x",
+        "vllmVersion": "0.33.0", "outdated": ["engine"], "acceptedRisks": ["x: y"],
+    }  # fmt: skip
+    assert status(Facts(generation=1), {}, NOW)["replicas"] == 0
+
+
+# ------------------------------------------------------------------------------------------------------ transitions
+
+
+def told(before: dict[str, Any], after: dict[str, Any]) -> list[tuple[str, bool]]:
+    first = status(Facts(**{**GOOD, **before}), {}, NOW)["conditions"] if before is not GOOD else []
+    second = status(Facts(**{**GOOD, **after}), {"conditions": first}, LATER)["conditions"]
+    return [(change.reason, change.warning) for change in transitions(first, second)]
+
+
+def test_a_repetition_is_not_told() -> None:
+    for facts in ({}, {"suspended": True}, {"problems": (WRONG,)}, {"engine": None}):
+        assert told(facts, facts) == []
+
+
+def test_a_new_message_of_the_same_reason_is_not_told() -> None:
+    assert told({"engine": Workload(2, 2, 0, 2)}, {"engine": Workload(2, 2, 1, 2)}) == []
+
+
+def test_ready_is_told_once_and_its_loss_by_the_part_and_itself() -> None:
+    assert told({"engine": None}, {}) == [("AllReady", False), ("Serving", False)]
+    assert told({}, {"engine": None}) == [("NotCreated", False), ("NotCreated", False)]
+    assert told({"engine": None}, {"engine": Workload(2)}) == [("Progressing", False)]
+
+
+def test_warnings_are_what_a_person_has_to_look_at() -> None:
+    assert told({}, {"problems": (WRONG,), "fallback": True}) == [
+        ("VersionUnreadable", True),
+        ("VersionUnreadable", True),
+    ]
+    assert told({}, {"contested": ("a",)}) == [("DriftContested", True)]
+    assert told({"contested": ("a",)}, {}) == []
+
+
+def test_the_beginning_is_told_without_ready_and_unknown() -> None:
+    assert told(GOOD, {"engine": None, "gateway": None}) == [
+        ("SpecAccepted", False), ("NotCreated", False), ("NotCreated", False)
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------------- facts
+
+
+def test_a_deployment_is_read() -> None:
+    live = {
+        "metadata": {"generation": 4},
+        "spec": {"replicas": 2},
+        "status": {"observedGeneration": 4, "replicas": 3, "updatedReplicas": 2, "readyReplicas": 1},
+    }
+    assert workload(live) == Workload(desired=2, updated=2, ready=1, replicas=3)
+    assert workload({"metadata": {"generation": 1}, "spec": {}}) == Workload(desired=1, observed=False)
+
+
+@pytest.mark.parametrize(
+    ("condition", "failure"),
+    [
+        ({"type": "Progressing", "status": "False", "reason": "ProgressDeadlineExceeded", "message": "late"}, "late"),
+        ({"type": "ReplicaFailure", "status": "True", "reason": "FailedCreate"}, "FailedCreate"),
+        ({"type": "Progressing", "status": "True", "message": "fine"}, ""),
+        ({"type": "Available", "status": "False", "message": "no"}, ""),
+    ],
+)
+def test_why_a_deployment_stands_still(condition: dict[str, str], failure: str) -> None:
+    assert workload({"metadata": {}, "spec": {}, "status": {"conditions": [condition]}}).failure == failure
+
+
+@pytest.mark.parametrize(
+    ("job", "found"),
+    [
+        (None, Fetch(done=False)),
+        ({}, Fetch(done=False)),
+        ({"status": {"active": 1}}, Fetch(done=False, running=True)),
+        ({"status": {"conditions": [{"type": "Complete", "status": "True"}]}}, Fetch(done=True)),
+        ({"status": {"conditions": [{"type": "Complete", "status": "False"}]}}, Fetch(done=False)),
+        ({"status": {"conditions": [{"type": "Failed", "status": "True", "message": "why"}]}}, Fetch(False, "why")),
+        ({"status": {"conditions": [{"type": "Failed", "status": "True"}]}}, Fetch(False, "failed")),
+    ],
+)
+def test_a_job_is_read(job: dict[str, Any] | None, found: Fetch) -> None:
+    assert fetch(job) == found
