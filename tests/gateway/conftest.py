@@ -1,79 +1,12 @@
-"""Fixtures of the gateway tests: a certificate, and a hardened gateway in front of a stand-in engine."""
+"""Fixtures of the gateway tests: a certificate, and the hardened gateway in front of a stand-in engine."""
 
 from __future__ import annotations
 
-import datetime as dt
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
-from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.x509.oid import NameOID
 
-from securevllm.render.envoy import ClientKey, GatewayModel
-from tests.gateway import attacks
-from tests.gateway.engine import Engine, serving
-from tests.gateway.envoy_process import Envoy, local_model, running
-
-KEYS = [ClientKey("alice", attacks.KEY), ClientKey("bob", attacks.OTHER_KEY)]
-
-MODEL = GatewayModel(
-    name="llama-gateway",
-    listen_port=8443,
-    ops_port=9902,
-    admin_port=9901,
-    routes=attacks.ALLOWED,
-    upstream_host="llama-engine.ns.svc.cluster.local",
-    upstream_port=8000,
-    tls=True,
-    hostnames=(),
-    authentication=True,
-    request_body_bytes=attacks.BODY_LIMIT,
-    requests_per_second_per_client=100_000,
-    stream_seconds=60,
-    stream_idle_seconds=30,
-    max_clients=100,
-    heap_bytes=400 << 20,
-    connections=1000,
-)
-
-
-@dataclass
-class Gateway:
-    """A gateway and the engine behind it."""
-
-    envoy: Envoy
-    engine: Engine
-
-    @property
-    def port(self) -> int:
-        """Where clients connect."""
-        return self.envoy.model.listen_port
-
-
-def make_certificate(serial: int = 1) -> tuple[str, str]:
-    """A self-signed certificate for ``gateway``: PEM chain and PEM key."""
-    key = ec.generate_private_key(ec.SECP256R1())
-    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "gateway")])
-    start = dt.datetime.now(dt.UTC) - dt.timedelta(days=1)
-    certificate = (
-        x509.CertificateBuilder()
-        .subject_name(name)
-        .issuer_name(name)
-        .public_key(key.public_key())
-        .serial_number(serial)
-        .not_valid_before(start)
-        .not_valid_after(start + dt.timedelta(days=30))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName("gateway")]), critical=False)
-        .sign(key, hashes.SHA256())
-    )
-    private = key.private_bytes(
-        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
-    )
-    return certificate.public_bytes(serialization.Encoding.PEM).decode(), private.decode()
+from tests.gateway.gateway import MODEL, Gateway, make_certificate, started
 
 
 @pytest.fixture(scope="session")
@@ -84,14 +17,5 @@ def certificate() -> tuple[str, str]:
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory, certificate: tuple[str, str]) -> Iterator[Gateway]:
     """The hardened gateway over TLS; one per module."""
-    with (
-        serving() as engine,
-        running(
-            local_model(MODEL, engine.port),
-            root=Path(tmp_path_factory.mktemp("gateway")),
-            keys=KEYS,
-            engine_key=attacks.ENGINE_KEY,
-            certificate=certificate,
-        ) as envoy,
-    ):
-        yield Gateway(envoy, engine)
+    with started(MODEL, tmp_path_factory.mktemp("gateway"), certificate) as gateway:
+        yield gateway

@@ -5,17 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from securevllm import catalogue
 from securevllm.render.envoy import AllowedRoute
-from tests.gateway import attacks, wire
+from tests.gateway import wire
 from tests.gateway.attacks import KEY, Attack
-from tests.gateway.conftest import KEYS, MODEL, Gateway
-from tests.gateway.engine import serving
-from tests.gateway.envoy_process import local_model, running
+from tests.gateway.gateway import MODEL, Gateway, started
 
 pytestmark = pytest.mark.envoy
 
@@ -39,17 +36,10 @@ CHAT = tuple(
 def gateway(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, certificate: tuple[str, str]
 ) -> Iterator[Gateway]:
-    with (
-        serving() as engine,
-        running(
-            local_model(dataclasses.replace(MODEL, routes=request.param), engine.port),
-            root=Path(tmp_path_factory.mktemp("gateway")),
-            keys=KEYS,
-            engine_key=attacks.ENGINE_KEY,
-            certificate=certificate,
-        ) as envoy,
-    ):
-        yield Gateway(envoy, engine)
+    with started(
+        dataclasses.replace(MODEL, routes=request.param), tmp_path_factory.mktemp("gateway"), certificate
+    ) as gateway:
+        yield gateway
 
 
 def _matches(route: AllowedRoute, method: str, path: str) -> bool:

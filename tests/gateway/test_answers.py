@@ -2,36 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import re
 import socket
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
-from securevllm.render.envoy import METRICS_PATH, OPS_PATHS, READY_PATH, VERSIONS_PATH, GatewayModel, api_keys_file
+from securevllm.render.envoy import (
+    METRICS_PATH,
+    OPS_PATHS,
+    READY_PATH,
+    VERSIONS_PATH,
+    AllowedRoute,
+    Timeouts,
+    api_keys_file,
+)
 from securevllm.render.readback import versions_of
 from tests.gateway import attacks, wire
-from tests.gateway.conftest import KEYS, MODEL, Gateway
 from tests.gateway.engine import serving
-from tests.gateway.envoy_process import Envoy, local_model, running
+from tests.gateway.envoy_process import Envoy, local_model
+from tests.gateway.gateway import KEYS, MODEL, Gateway, started
 
 pytestmark = pytest.mark.envoy
 
 MARKER = b"x-securevllm-gateway: llama-gateway\r\n"
-
-
-@contextmanager
-def _gateway(model: GatewayModel, root: Path) -> Iterator[Gateway]:
-    with (
-        serving() as engine,
-        running(local_model(model, engine.port), root=root, keys=KEYS, engine_key=attacks.ENGINE_KEY) as envoy,
-    ):
-        yield Gateway(envoy, engine)
 
 
 def test_answer_of_the_engine_is_clean(gateway: Gateway) -> None:
@@ -143,7 +141,7 @@ def test_versions_are_those_of_the_files(gateway: Gateway) -> None:
 
 def test_only_the_named_hosts_are_answered(tmp_path: Path) -> None:
     model = dataclasses.replace(MODEL, tls=False, hostnames=("llm.example.com", "*.internal.example.com"))
-    with _gateway(model, tmp_path) as gateway, wire.Client(gateway.port, tls=False) as client:
+    with started(model, tmp_path) as gateway, wire.Client(gateway.port, tls=False) as client:
         base = wire.request("GET", "/v1/models")
         answers = {
             host: client.ask(base.replace(b"host: gateway", f"host: {host}".encode()))
@@ -163,7 +161,7 @@ def test_only_the_named_hosts_are_answered(tmp_path: Path) -> None:
 
 def test_without_authentication_the_allowlist_still_holds(tmp_path: Path) -> None:
     model = dataclasses.replace(MODEL, tls=False, authentication=False, requests_per_second_per_client=5)
-    with _gateway(model, tmp_path) as gateway, wire.Client(gateway.port, tls=False) as client:
+    with started(model, tmp_path) as gateway, wire.Client(gateway.port, tls=False) as client:
         first = client.ask(
             wire.request("GET", "/v1/models", "x-gateway-client: alice", "x-api-key: own", key="own-key")
         )
@@ -179,16 +177,40 @@ def test_without_authentication_the_allowlist_still_holds(tmp_path: Path) -> Non
     assert "sds.yaml" not in versions
 
 
+def test_websocket_is_bounded_by_the_body_limit_and_not_by_the_upload_time(tmp_path: Path) -> None:
+    model = dataclasses.replace(
+        MODEL,
+        tls=False,
+        routes=(AllowedRoute("WEBSOCKET", "/v1/realtime"),),
+        request_body_bytes=1000,
+        timeouts=Timeouts(upload_seconds=0.5),
+    )
+    handshake = ("upgrade: websocket", "connection: upgrade", "sec-websocket-key: x", "sec-websocket-version: 13")
+    echoed = 0
+    with started(model, tmp_path) as gateway, wire.connect(gateway.port, tls=False) as sock:
+        sock.sendall(wire.request("GET", "/v1/realtime", *handshake))
+        assert wire.status_of(sock.recv(1000)) == 101
+        time.sleep(1)
+        with contextlib.suppress(OSError):
+            for _ in range(20):
+                sock.sendall(b"x" * 100)
+                data = sock.recv(1000)
+                if not data:
+                    break
+                echoed += len(data)
+
+    assert echoed == 1000
+
+
 def test_plain_http_speaks_no_http2(tmp_path: Path) -> None:
-    with _gateway(dataclasses.replace(MODEL, tls=False), tmp_path) as gateway:
+    with started(dataclasses.replace(MODEL, tls=False), tmp_path) as gateway:
         answer = wire.exchange(gateway.port, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes(9), tls=False)
-        gateway.engine.clear()
 
     assert wire.status_of(answer) in {0, 400, 426}
 
 
 def test_empty_allowlist_allows_nothing(tmp_path: Path) -> None:
-    with _gateway(dataclasses.replace(MODEL, tls=False, routes=()), tmp_path) as gateway:
+    with started(dataclasses.replace(MODEL, tls=False, routes=()), tmp_path) as gateway:
         answer = wire.exchange(gateway.port, wire.request("GET", "/v1/models", "connection: close"), tls=False)
 
     assert wire.status_of(answer) == 403
@@ -230,7 +252,7 @@ def test_without_an_engine_key_nothing_is_forwarded(tmp_path: Path) -> None:
 
 
 def test_keys_file_without_keys_refuses_everybody(tmp_path: Path) -> None:
-    with _gateway(dataclasses.replace(MODEL, tls=False), tmp_path) as gateway:
+    with started(dataclasses.replace(MODEL, tls=False), tmp_path) as gateway:
         text = gateway.envoy.keys([])
         gateway.envoy.wait_for_version("api_keys.yaml", versions_of({"api_keys.yaml": text})["api_keys.yaml"])
         answer = wire.exchange(gateway.port, wire.request("GET", "/v1/models", "connection: close"), tls=False)

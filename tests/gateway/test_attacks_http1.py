@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 import pytest
 
 from tests.gateway import attacks, wire
+from tests.gateway.gateway import MODEL, Gateway, started
 
 if TYPE_CHECKING:
-    from tests.gateway.conftest import Gateway
     from tests.gateway.engine import Seen
 
 pytestmark = pytest.mark.envoy
@@ -18,9 +20,19 @@ ATTACKS = attacks.h1_attacks()
 Results = tuple[list[wire.Outcome], "list[Seen]"]
 
 
+@pytest.fixture(scope="module", params=[True, False], ids=["tls", "plain"])
+def gateway(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, certificate: tuple[str, str]
+) -> Iterator[Gateway]:
+    with started(
+        dataclasses.replace(MODEL, tls=request.param), tmp_path_factory.mktemp("gateway"), certificate
+    ) as gateway:
+        yield gateway
+
+
 @pytest.fixture(scope="module")
 def results(gateway: Gateway) -> Results:
-    return wire.run(ATTACKS, gateway.port, gateway.engine)
+    return wire.run(ATTACKS, gateway.port, gateway.engine, tls=gateway.envoy.model.tls)
 
 
 @pytest.mark.parametrize(

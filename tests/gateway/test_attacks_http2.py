@@ -9,8 +9,8 @@ import pytest
 from tests.gateway import attacks, attacks_h2, wire
 
 if TYPE_CHECKING:
-    from tests.gateway.conftest import Gateway
     from tests.gateway.engine import Seen
+    from tests.gateway.gateway import Gateway
 
 pytestmark = pytest.mark.envoy
 

@@ -14,10 +14,10 @@ import pytest
 
 from securevllm.render.envoy import envoy_files
 from tests.gateway import attacks, dns_server, wire
-from tests.gateway.conftest import KEYS, MODEL
 from tests.gateway.dns_server import NOERROR, NXDOMAIN, SERVFAIL, DnsServer
 from tests.gateway.engine import Engine, serving
 from tests.gateway.envoy_process import Envoy, local_model, running
+from tests.gateway.gateway import KEYS, MODEL
 
 pytestmark = pytest.mark.envoy
 

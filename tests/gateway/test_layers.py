@@ -16,9 +16,9 @@ import pytest
 
 from securevllm.render.envoy import envoy_files
 from tests.gateway import attacks, wire
-from tests.gateway.conftest import KEYS, MODEL
 from tests.gateway.engine import serving
 from tests.gateway.envoy_process import local_model, running
+from tests.gateway.gateway import KEYS, MODEL
 
 pytestmark = pytest.mark.envoy
 

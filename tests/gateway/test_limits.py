@@ -8,15 +8,12 @@ import json
 import socket
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from securevllm.render.envoy import ClientKey, Timeouts
 from tests.gateway import attacks, wire
-from tests.gateway.conftest import MODEL, Gateway
-from tests.gateway.engine import serving
-from tests.gateway.envoy_process import local_model, running
+from tests.gateway.gateway import MODEL, Gateway, started
 
 pytestmark = pytest.mark.envoy
 
@@ -36,17 +33,8 @@ CHAT = ("POST", "/v1/chat/completions")
 
 @pytest.fixture(scope="module")
 def gateway(tmp_path_factory: pytest.TempPathFactory, certificate: tuple[str, str]) -> Iterator[Gateway]:
-    with (
-        serving() as engine,
-        running(
-            local_model(LIMITS, engine.port),
-            root=Path(tmp_path_factory.mktemp("gateway")),
-            keys=CLIENTS,
-            engine_key=attacks.ENGINE_KEY,
-            certificate=certificate,
-        ) as envoy,
-    ):
-        yield Gateway(envoy, engine)
+    with started(LIMITS, tmp_path_factory.mktemp("gateway"), certificate, keys=CLIENTS) as gateway:
+        yield gateway
 
 
 @pytest.fixture

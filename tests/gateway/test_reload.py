@@ -15,16 +15,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from cryptography import x509
 
 from securevllm.render.envoy import API_KEYS_FILE, METRICS_PATH, AllowedRoute, ClientKey, api_keys_file, envoy_files
 from securevllm.render.readback import versions_of
-from tests.gateway import attacks, wire
-from tests.gateway.conftest import KEYS, MODEL, Gateway, make_certificate
-from tests.gateway.engine import serving
-from tests.gateway.envoy_process import Envoy, local_model, running
+from tests.gateway import wire
+from tests.gateway.gateway import KEYS, MODEL, Gateway, make_certificate, started
+
+if TYPE_CHECKING:
+    from tests.gateway.envoy_process import Envoy
 
 pytestmark = pytest.mark.envoy
 
@@ -35,17 +37,8 @@ MODELS = wire.request("GET", "/v1/models")
 
 @pytest.fixture
 def gateway(tmp_path: Path, certificate: tuple[str, str]) -> Iterator[Gateway]:
-    with (
-        serving() as engine,
-        running(
-            local_model(MODEL, engine.port),
-            root=tmp_path,
-            keys=KEYS,
-            engine_key=attacks.ENGINE_KEY,
-            certificate=certificate,
-        ) as envoy,
-    ):
-        yield Gateway(envoy, engine)
+    with started(MODEL, tmp_path, certificate) as gateway:
+        yield gateway
 
 
 def _until(condition: Callable[[], bool], what: str) -> None:

@@ -9,8 +9,8 @@ import pytest
 
 from securevllm import catalogue
 from securevllm.render.envoy import AllowedRoute, GatewayModel, api_keys_file, envoy_files
-from tests.gateway.conftest import KEYS, MODEL
 from tests.gateway.envoy_process import validate
+from tests.gateway.gateway import KEYS, MODEL
 
 pytestmark = pytest.mark.envoy
 

@@ -210,7 +210,7 @@ class GatewayModel:
         tls: serve TLS with tls.crt and tls.key of the ``tls`` directory.
         hostnames: Host headers that are answered; none: all.
         authentication: demand a client key; False only when the spec says so in words.
-        request_body_bytes: larger bodies get 413.
+        request_body_bytes: larger bodies get 413. A WebSocket is closed when its whole session sent more.
         requests_per_second_per_client: per replica of the gateway; more get 429.
         stream_seconds: longest answer.
         stream_idle_seconds: longest silence within an answer.
