@@ -67,7 +67,7 @@ def test_nothing_of_the_key_is_shown() -> None:
     assert "kkkk" not in str(config_map(OWNER, KEPT, KEY))
 
 
-# ---------------------------------------------------------------------------------------------------- settle (I11)
+# ------------------------------------------------------------------------------------------- pinned templates, I11
 
 
 def test_the_first_template_is_the_fresh_one() -> None:

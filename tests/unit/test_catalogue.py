@@ -74,7 +74,7 @@ def test_a_flag_is_owned_or_allowed_and_never_both() -> None:
 
 
 def test_allowed_flags_cannot_be_read_as_owned_ones() -> None:
-    """argparse takes an unambiguous prefix: an allowed name must be no prefix of an owned one."""
+    """An argparse parser takes an unambiguous prefix: an allowed name must be no prefix of an owned one."""
     flags = catalogue.flags()
     assert [(a, o) for a in flags.allowed for o in flags.owned if o.startswith(a)] == []
 
@@ -106,7 +106,7 @@ def test_a_version_is_read(text: str, version: Version) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "latest", "nightly", "0", "v", "0.33.0\n", "v0.33.x", "99999.1", "٠.33.0", "0.33.0 "]
+    "text", ["", "latest", "nightly", "0", "v", "0.33.0\n", "v0.33.x", "99999.1", "\u0660.33.0", "0.33.0 "]
 )
 def test_what_is_no_version_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="not a vLLM release number"):

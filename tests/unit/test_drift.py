@@ -68,10 +68,16 @@ def in_pod(fields: dict[str, Any]) -> dict[str, Any]:
     return {"f:spec": {"f:template": {"f:spec": fields}}}
 
 
-ADDED = {
+ADDED: dict[str, tuple[dict[str, Any], str]] = {
     "container": (in_pod({"f:containers": {'k:{"name":"extra"}': {".": {}, "f:image": {}}}}), "containers"),
     "env": (
-        in_pod({"f:containers": {'k:{"name":"vllm"}': {"f:env": {'k:{"name":"VLLM_SERVER_DEV_MODE"}': {".": {}, "f:value": {}}}}}}),
+        in_pod(
+            {
+                "f:containers": {
+                    'k:{"name":"vllm"}': {"f:env": {'k:{"name":"VLLM_SERVER_DEV_MODE"}': {".": {}, "f:value": {}}}}
+                }
+            }
+        ),
         "VLLM_SERVER_DEV_MODE",
     ),
     "label of the pods": ({"f:spec": {"f:template": {"f:metadata": {"f:labels": {"f:team": {}}}}}}, "f:labels.team"),
@@ -88,7 +94,7 @@ ADDED = {
         in_pod({"f:containers": {'k:{"name":"vllm"}': {"f:securityContext": {"f:privileged": {}}}}}),
         "securityContext",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", ADDED)
@@ -100,15 +106,27 @@ def test_an_addition_is_found_and_the_object_replaced(what: str) -> None:
     assert judge(rendered(), edited(fields), None) is Action.REPLACE
 
 
-NOT_DRIFT = {
-    "restart": ({"f:spec": {"f:template": {"f:metadata": {"f:annotations": {".": {}, "f:kubectl.kubernetes.io/restartedAt": {}}}}}}, "kubectl-rollout", ""),
+NOT_DRIFT: dict[str, tuple[dict[str, Any], str, str]] = {
+    "restart": (
+        {
+            "f:spec": {
+                "f:template": {"f:metadata": {"f:annotations": {".": {}, "f:kubectl.kubernetes.io/restartedAt": {}}}}
+            }
+        },
+        "kubectl-rollout",
+        "",
+    ),
     "scale": ({"f:spec": {"f:replicas": {}}}, "kubectl", "scale"),
     "status": ({"f:status": {"f:replicas": {}}}, "kube-controller-manager", "status"),
     "status without subresource": ({"f:status": {"f:replicas": {}}}, "kube-controller-manager", ""),
-    "revision": ({"f:metadata": {"f:annotations": {".": {}, "f:deployment.kubernetes.io/revision": {}}}}, "kube-controller-manager", ""),
+    "revision": (
+        {"f:metadata": {"f:annotations": {".": {}, "f:deployment.kubernetes.io/revision": {}}}},
+        "kube-controller-manager",
+        "",
+    ),
     "finalizer": ({"f:metadata": {"f:finalizers": {".": {}, 'v:"x/y"': {}}}}, "service-controller", ""),
     "the same field": (in_pod({"f:containers": {'k:{"name":"vllm"}': {".": {}, "f:image": {}}}}), "kubectl-set", ""),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("what", NOT_DRIFT)
@@ -118,7 +136,7 @@ def test_what_is_no_addition(what: str) -> None:
 
 
 def test_what_we_apply_is_no_addition_and_what_we_once_put_is() -> None:
-    fields = in_pod({"f:hostNetwork": {}})
+    fields: dict[str, Any] = in_pod({"f:hostNetwork": {}})
     assert list(additions(rendered(), live(managedFields=[entry(OURS, "Apply", fields)]))) == []
     assert len(list(additions(rendered(), live(managedFields=[entry(OURS, "Update", fields)])))) == 1
 
@@ -151,8 +169,15 @@ def test_what_is_dropped_when_empty_is_covered() -> None:
 
 @pytest.mark.parametrize(
     ("ours", "theirs", "same"),
-    [("1000m", "1", True), ("700m", "0.7", True), ("1024Mi", "1Gi", True), ("1", "2", False), ("x", "x", True), ("x", "1", False)],
-)  # fmt: skip
+    [
+        ("1000m", "1", True),
+        ("700m", "0.7", True),
+        ("1024Mi", "1Gi", True),
+        ("1", "2", False),
+        ("x", "x", True),
+        ("x", "1", False),
+    ],
+)
 def test_quantities_are_compared_as_numbers_where_they_are_quantities(ours: str, theirs: str, same: bool) -> None:
     for key in ("limits", "requests"):
         assert covers({key: {"cpu": ours}}, {key: {"cpu": theirs}}) is same
@@ -171,7 +196,7 @@ def test_texts_of_secrets_are_compared_with_their_data() -> None:
     assert covers({"stringData": {"key": "text"}}, {"data": data})
     assert not covers({"stringData": {"key": "other"}}, {"data": data})
     secret = stamp({"kind": "Secret", "metadata": {"name": "a"}, "stringData": {"key": "text"}})
-    fields = {"f:data": {".": {}, "f:key": {}, "f:more": {}}}
+    fields: dict[str, Any] = {"f:data": {".": {}, "f:key": {}, "f:more": {}}}
     assert list(additions(secret, live(secret, managedFields=[entry("x", "Update", fields)]))) == [".data.more"]
 
 

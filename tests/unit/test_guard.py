@@ -151,16 +151,16 @@ OURS = frozenset(catalogue.flags().owned) | frozenset(catalogue.flags().allowed)
     value=HOSTILE,
     which=st.sampled_from(["hub", "claim", "none"]),
 )
-def test_no_value_becomes_a_flag_or_is_expanded(
+def test_no_value_becomes_a_flag_or_is_expanded(  # noqa: PLR0917 - hypothesis names them
     name: str, served: str | None, revision: str | None, path: str | None, domains: list[str], args: list[str],
     value: str, which: str,
 ) -> None:  # fmt: skip
-    sources = {
+    sources: dict[str, dict[str, Any]] = {
         "hub": {"source": {"huggingFace": {}}},
         "claim": {"source": {"persistentVolumeClaim": {"claimName": "a", **({"path": path} if path else {})}}},
         "none": {},
     }
-    model = {"name": name, **sources[which]}
+    model: dict[str, Any] = {"name": name, **sources[which]}
     model |= {"servedName": served} if served is not None else {}
     model |= {"revision": revision} if revision is not None else {}
     raw = {

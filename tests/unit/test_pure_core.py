@@ -17,8 +17,11 @@ CORE = sorted(
     for path in ROOT.glob(pattern)
 )
 EDGES = frozenset(
-    "aiohttp asyncio ctypes datetime http httpx kopf kubernetes locale multiprocessing os pathlib platform random secrets"
-    " select shutil signal socket ssl subprocess sys tempfile threading time urllib.request uuid".split()
+    {
+        *("aiohttp", "asyncio", "ctypes", "datetime", "http", "httpx", "kopf", "kubernetes", "locale"),
+        *("multiprocessing", "os", "pathlib", "platform", "random", "secrets", "select", "shutil", "signal", "socket"),
+        *("ssl", "subprocess", "sys", "tempfile", "threading", "time", "urllib.request", "uuid"),
+    }
 )
 CALLS = frozenset({"open", "input", "print", "exec", "eval", "__import__", "hash", "id"})
 # Reading files of the package itself is the same everywhere and every time.

@@ -12,8 +12,13 @@ from securevllm.status import Facts, Fetch, Gateway, Workload, fetch, status, tr
 NOW, LATER = "2026-01-01T00:00:00Z", "2026-01-01T00:01:00Z"
 DONE = Workload(desired=2, updated=2, ready=2, replicas=2)
 GOOD: dict[str, Any] = {
-    "generation": 3, "engine": DONE, "gateway": DONE, "served": Gateway({"a": (), "b": ()}), "url": "https://x", "version": "0.33.0"
-}  # fmt: skip
+    "generation": 3,
+    "engine": DONE,
+    "gateway": DONE,
+    "served": Gateway({"a": (), "b": ()}),
+    "url": "https://x",
+    "version": "0.33.0",
+}
 WRONG = Problem("spec.image", "VersionUnreadable", "no version", "Use a tag.", "a:b")
 
 
@@ -40,9 +45,27 @@ CASES: list[tuple[str, str, str, str, dict[str, Any]]] = [
     ("Accepted", "False", "VersionUnreadable", "keeps running", {"problems": (WRONG,), "fallback": True}),
     ("Accepted", "False", "VersionUnreadable", "No earlier accepted spec", {"problems": (WRONG,), "lost": True}),
     ("EnginesReady", "False", "ApplyFailed", "quota", {"failures": {"isolation/NetworkPolicy a": "quota"}}),
-    ("EnginesReady", "False", "ApplyFailed", "Deployment a: quota (1 more)", {"failures": {"engine/Deployment a": "quota", "engine/Service b": "x"}}),
-    ("EnginesReady", "False", "ForeignObject", "Deployment a", {"failures": {"engine/Deployment a": "exists and belongs to b"}}),
-    ("EnginesReady", "False", "ApplyFailed", "PersistentVolumeClaim", {"failures": {"fetch/PersistentVolumeClaim a": "quota"}, "fetch": Fetch(done=False)}),
+    (
+        "EnginesReady",
+        "False",
+        "ApplyFailed",
+        "Deployment a: quota (1 more)",
+        {"failures": {"engine/Deployment a": "quota", "engine/Service b": "x"}},
+    ),
+    (
+        "EnginesReady",
+        "False",
+        "ForeignObject",
+        "Deployment a",
+        {"failures": {"engine/Deployment a": "exists and belongs to b"}},
+    ),
+    (
+        "EnginesReady",
+        "False",
+        "ApplyFailed",
+        "PersistentVolumeClaim",
+        {"failures": {"fetch/PersistentVolumeClaim a": "quota"}, "fetch": Fetch(done=False)},
+    ),
     ("EnginesReady", "False", "ApplyFailed", "ConfigMap a", {"failures": {"operator/ConfigMap a": "quota"}}),
     ("EnginesReady", "False", "Suspended", "spec.suspend", {"suspended": True}),
     ("EnginesReady", "False", "FetchingModel", "fetch Job", {"fetch": Fetch(done=False)}),
@@ -61,9 +84,21 @@ CASES: list[tuple[str, str, str, str, dict[str, Any]]] = [
     ("GatewayReady", "False", "NoClientKeys", "every request is refused. bad", {"no_keys": True, "keys": ("bad",)}),
     ("GatewayReady", "False", "NotCreated", "gateways", {"gateway": None}),
     ("GatewayReady", "False", "Progressing", "gateways", {"gateway": Workload(2, 2, 1, 2)}),
-    ("GatewayReady", "False", "RevisionUnknown", "No answer on the ops port of b", {"served": Gateway({"a": ()}, ("b",))}),
+    (
+        "GatewayReady",
+        "False",
+        "RevisionUnknown",
+        "No answer on the ops port of b",
+        {"served": Gateway({"a": ()}, ("b",))},
+    ),
     ("GatewayReady", "False", "RevisionUnknown", "1 of 2", {"served": Gateway({"a": ()})}),
-    ("GatewayReady", "False", "OldRevisionServed", "1 of 2 gateways do not serve", {"served": Gateway({"a": (), "b": ("rbac.yaml",)})}),
+    (
+        "GatewayReady",
+        "False",
+        "OldRevisionServed",
+        "1 of 2 gateways do not serve",
+        {"served": Gateway({"a": (), "b": ("rbac.yaml",)})},
+    ),
     ("GatewayReady", "True", "SomeClientKeysRefused", "bad", {"keys": ("bad",)}),
     ("Isolated", "False", "PolicyNotApplied", "quota", {"failures": {"isolation/NetworkPolicy a": "quota"}}),
     ("Isolated", "False", "DriftContested", "a, b", {"contested": ("b", "a")}),
@@ -73,7 +108,7 @@ CASES: list[tuple[str, str, str, str, dict[str, Any]]] = [
     ("Ready", "False", "SecretMissing", "GatewayReady: ", {"missing": ("Secret a does not exist.",)}),
     ("Stalled", "True", "VersionUnreadable", "Use a tag.", {"problems": (WRONG,)}),
     ("Stalled", "False", "SpecAccepted", "by itself", {"engine": None}),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize(("name", "truth", "reason", "told", "facts"), CASES)
