@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import re
 import shutil
 import socket
 import subprocess
@@ -30,7 +29,6 @@ from securevllm.render.envoy import (
     API_KEYS_FILE,
     BOOTSTRAP_FILE,
     DIRECTORIES,
-    METRICS_PATH,
     VERSIONS_PATH,
     XDS_FILES,
     ClientKey,
@@ -39,10 +37,9 @@ from securevllm.render.envoy import (
     arguments,
     envoy_files,
 )
-from securevllm.render.readback import parse_versions
+from securevllm.render.readback import parse_healthy, parse_versions
 
 _MOUNT_ROOT = "/etc/envoy/"
-_HEALTHY = re.compile(r'envoy_cluster_membership_healthy\{envoy_cluster_name="engine"\} (\d+)')
 
 
 def free_ports(count: int) -> list[int]:
@@ -174,8 +171,7 @@ class Envoy:
 
     def healthy_engines(self) -> int:
         """How many endpoints requests may go to."""
-        match = _HEALTHY.search(self.ops(METRICS_PATH)[1])
-        return int(match[1]) if match else 0
+        return parse_healthy(self.ops(VERSIONS_PATH)[1])
 
     def versions(self) -> dict[str, str]:
         """What the operator reads back: file name to accepted version."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from securevllm.render.readback import parse_versions, versions_of
+from securevllm.render.readback import parse_healthy, parse_versions, versions_of
 
 ANSWER = """\
 # TYPE envoy_cluster_manager_cds_version_text gauge
@@ -47,6 +47,13 @@ def test_two_versions_of_one_file_are_no_version() -> None:
 
     assert parse_versions(line.format("a") + line.format("b")) == {}
     assert parse_versions(line.format("a") * 2) == {"lds.yaml": "a"}
+
+
+def test_healthy_engines_are_those_of_the_engine_cluster() -> None:
+    line = 'envoy_cluster_membership_healthy{{envoy_cluster_name="{}"}} {}\n'
+
+    assert parse_healthy(line.format("self_gateway", 1) + line.format("engine", 12)) == 12
+    assert parse_healthy(line.format("self_gateway", 1)) == 0
 
 
 def test_versions_of_files_leave_out_the_bootstrap() -> None:

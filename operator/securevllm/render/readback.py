@@ -6,8 +6,9 @@ unreadable file leaves the last good configuration (with, for example, revoked k
 
 The bootstrap is read once and has no version. Contents of mounted Secrets have none either: sds.yaml and
 engine_key_sds.yaml only name files, and their versions say nothing about a certificate or an engine key. A certificate
-is read back by a TLS handshake, or by ``envoy_listener_ssl_certificate_expiration_unix_time_seconds`` in the metrics.
-An engine key cannot be read back; ``envoy_sds_update_success`` does not count its reloads.
+is read back by a TLS handshake, or in the metrics: ``..._ssl_context_update_by_sds`` counts its reloads and
+``envoy_listener_ssl_certificate_expiration_unix_time_seconds`` says which it is. An engine key cannot be read back: no
+counter of ``envoy_sds_*`` moves when it changes, ``envoy_sds_key_rotation_failed`` when that fails.
 """
 
 from __future__ import annotations
