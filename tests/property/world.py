@@ -29,8 +29,15 @@ NAMESPACES = {
 }
 NODES = (Node("node-1", ("172.18.0.2", "2001:db8:ffff::2")), Node("node-2", ("172.18.0.3", "2001:db8:ffff::3")))
 CONTEXT = Context(cluster_ranges=("10.244.0.0/16", "10.96.0.0/12", "172.18.0.0/16", "2001:db8::/32"))
-PUBLIC_CONTEXT = Context(cluster_ranges=("1.1.0.0/16", "172.18.0.0/16", "2001:db8::/32"))
-"""A cluster whose pods have public addresses: only `cluster_ranges` keeps them out of 0.0.0.0/0."""
+PUBLIC_CONTEXT = Context(
+    cluster_ranges=("1.1.0.0/16", "172.18.0.0/16", "2001:db8::/32"),
+    dns=(*Context().dns, CidrPeer("169.254.20.10/32")),
+    dns_port=5353,
+)
+"""A cluster whose pods have public addresses: only `cluster_ranges` keeps them out of 0.0.0.0/0.
+
+Its DNS listens elsewhere, and also on the link-local address of NodeLocal DNSCache.
+"""
 
 ALL = frozenset(range(1, 65536))
 FOREIGN = {"app": "web"}
@@ -150,7 +157,7 @@ def _externals() -> Iterable[External]:
     # One address of each range that is never meant, and some of the internet.
     special = [str(network[min(10, network.num_addresses - 1)]) for network in NOT_PUBLIC]
     public = ["1.1.1.250", "8.8.8.8", "192.0.2.7", "192.0.2.200", "2606:4700::1111", "2a00::1"]
-    private = ["169.254.169.254", "10.1.2.3", "172.20.0.1", "192.168.7.7", "fd00:ec2::254"]
+    private = ["169.254.20.10", "169.254.169.254", "10.1.2.3", "172.20.0.1", "192.168.7.7", "fd00:ec2::254"]
     for address in dict.fromkeys(special + public + private):
         yield External(address, (address,))
 

@@ -134,8 +134,9 @@ def test_gpus_are_allowed(gpu: str) -> None:
 # -------------------------------------------------------------------------------- whatever passes is harmless in argv
 
 HOSTILE = st.sampled_from(
-    ["--host=0.0.0.0", "-x", "--", "--trust-remote-code", "$(VLLM_API_KEY)", "a$(B)", "a\n--host=x", "\n", "a b", "a\x00",
-     "\u2013x", "a\u200b", "a", "a/b", "/models/x", "A_b.c", "\u0430", "a\r", "'", '"', "{}", "a=b", "--x=y", "a,--x"]
+    ["--host=0.0.0.0", "-x", "--", "--trust-remote-code", "$(VLLM_API_KEY)", "a$(B)", "a\n--host=x", "\n", "a b",
+     "a\x00", "\u2013x", "a\u200b", "a", "a/b", "/models/x", "A_b.c", "\u0430", "a\r",
+     "'", '"', "{}", "a=b", "--x=y", "a,--x"]
 ) | st.text(max_size=12)  # fmt: skip
 OURS = frozenset(catalogue.flags().owned) | frozenset(catalogue.flags().allowed)
 

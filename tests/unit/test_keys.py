@@ -24,9 +24,8 @@ def test_a_line_end_is_no_part_of_a_key(ending: bytes) -> None:
 
 @pytest.mark.parametrize(
     "value",
-    [b"", b"short", b"x" * 15, b"x" * 513, GOOD + b" ", b" " + GOOD, GOOD + b"\n\n", GOOD + b",b", b"\xff" * 20, b"\xc3\xa9" * 20,
-     
-     GOOD + b"\x00", b"'" + GOOD, b'"' + GOOD],
+    [b"", b"short", b"x" * 15, b"x" * 513, GOOD + b" ", b" " + GOOD, GOOD + b"\n\n", GOOD + b",b", b"\xff" * 20,
+     b"\xc3\xa9" * 20, GOOD + b"\x00", b"'" + GOOD, b'"' + GOOD],
 )  # fmt: skip
 def test_what_a_header_cannot_carry_is_no_key(value: bytes) -> None:
     found = judge({"team": {"max": value}})

@@ -368,6 +368,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
         "InvalidSpec",
         ("I accept",),
     ),
+    ("no body", gateway(limits={"requestBody": "64 Mi"}), "spec.gateway.limits.requestBody", "InvalidSpec", ("64 Mi",)),
     ("large body", gateway(limits={"requestBody": "3Gi"}), "spec.gateway.limits.requestBody", "InvalidSpec", ("3Gi",)),
     (
         "no memory",
