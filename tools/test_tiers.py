@@ -25,6 +25,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "build" / "test"
+MEASURED = OUTPUT / "coverage"
 BIN = Path(sys.executable).parent
 
 PURE_CORE = ("api", "catalogue", "render", "status", "topology.py", "context.py", "drift.py")
@@ -101,7 +102,7 @@ def main(names: list[str]) -> int:
         return 2
     tiers = [tier for tier in TIERS if not names or tier.name in names]
     shutil.rmtree(OUTPUT, ignore_errors=True)
-    OUTPUT.mkdir(parents=True)
+    MEASURED.mkdir(parents=True)
     # A cold build of Kubernetes takes minutes on both cores: it gets what the quick tiers leave over.
     builder = _start_build() if any(tier.cluster for tier in tiers) else None
     results: dict[str, Result] = {}
@@ -139,9 +140,11 @@ def _commands(tier: Tier, commands: dict[str, Sequence[str]]) -> Result:
     log = OUTPUT / f"{tier.name}.log"
     result = Result(log=log)
     for name, (program, *arguments) in commands.items():
+        size = log.stat().st_size if log.exists() else 0
         code = _watch(tier, [str(BIN / program), *arguments], doing=name)
         if code == 0:
             result.passed += 1
+            os.truncate(log, size)  # only what is wrong is worth reading
         else:
             result.failed += 1
             _append(log, f"{name}: exit code {code}, by hand: .venv/bin/{program} {' '.join(arguments)}\n")
@@ -154,7 +157,7 @@ def _pytest(tier: Tier) -> Result:
     command += [f"--junit-xml={report}", f"--numprocesses={tier.workers}"]
     if tier.coverage:
         command += ["--cov", "--cov-report="]
-    code = _watch(tier, command, env={"COVERAGE_FILE": str(OUTPUT / f"coverage.{tier.name}")})
+    code = _watch(tier, command, env={"COVERAGE_FILE": str(MEASURED / tier.name)})
     result = _read_junit(report) if report.exists() else Result()
     result.log = log = OUTPUT / f"{tier.name}.log"
     if code not in {0, 1} or (code == 1 and not result.failed):
@@ -168,13 +171,13 @@ def _coverage(tier: Tier, before: dict[str, Result]) -> Result:
     wanted = [other.name for other in TIERS if other.coverage]
     if any(name not in before or before[name].failed for name in wanted):
         return Result(missing=f"it is measured over {' and '.join(wanted)}, which did not both run through")
-    env = {"COVERAGE_FILE": str(OUTPUT / "coverage")}
-    files = [str(OUTPUT / f"coverage.{name}") for name in wanted]
+    env = {"COVERAGE_FILE": str(MEASURED / "all")}
+    files = [str(MEASURED / name) for name in wanted]
     combined = _watch(tier, [str(BIN / "coverage"), "combine", "--quiet", "--keep", *files], env=env)
     if combined != 0:
         return Result(failed=1, log=OUTPUT / f"{tier.name}.log")
     include = ",".join(f"*/securevllm/{path if path.endswith('.py') else path + '/*'}" for path in PURE_CORE)
-    return _commands(tier, {"coverage report": ("coverage", "report", f"--data-file={OUTPUT / 'coverage'}",
+    return _commands(tier, {"coverage report": ("coverage", "report", f"--data-file={MEASURED / 'all'}",
         f"--include={include}", f"--fail-under={COVERAGE_LIMIT}")})  # fmt: skip
 
 

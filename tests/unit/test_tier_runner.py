@@ -18,6 +18,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     """Run tiers whose only test file is given as text; gives exit code and printed lines."""
     monkeypatch.setattr(runner, "ROOT", tmp_path)
     monkeypatch.setattr(runner, "OUTPUT", tmp_path / "build")
+    monkeypatch.setattr(runner, "MEASURED", tmp_path / "build" / "coverage")
     monkeypatch.delenv("CI", raising=False)
 
     def running(
