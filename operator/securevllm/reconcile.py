@@ -427,11 +427,17 @@ class Reconciler:
         async with self._lock(namespace):
             if self._users[namespace]:
                 return _DENY_RETRY
-            if self._cache.all(SECURE_VLLM_DEPLOYMENT, namespace):
-                await self._children.bring([stamp(default_deny(namespace))], None)
-                return None
+            resources = bool(self._cache.all(SECURE_VLLM_DEPLOYMENT, namespace))
+            if resources or self._has_pods(namespace):
+                outcome = await self._children.bring([stamp(default_deny(namespace))], None)
+                if outcome.failures and not outcome.retry:
+                    return _RESYNC / 10  # refused, for example in a namespace that is being deleted
+                return None if resources and not outcome.failures else _DENY_RETRY
             deny = self._cache.get(Ref(NETWORK_POLICY, namespace, DENY_NAME))
             return await self._remove_deny(namespace, deny) if deny is not None else None
+
+    def _has_pods(self, namespace: str) -> bool:
+        return any(RESOURCE_LABEL in pod["metadata"].get("labels", {}) for pod in self._cache.all(POD, namespace))
 
     async def _remove_deny(self, namespace: str, deny: KubeObject) -> float | None:
         """Only a live look counts: the cache may not have seen a resource or a pod that was just made."""
