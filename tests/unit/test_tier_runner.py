@@ -20,6 +20,9 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     monkeypatch.setattr(runner, "OUTPUT", tmp_path / "build")
     monkeypatch.setattr(runner, "MEASURED", tmp_path / "build" / "coverage")
     monkeypatch.delenv("CI", raising=False)
+    # Half of the time of so small a run is plugins that it does not need.
+    monkeypatch.setenv("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1")
+    monkeypatch.setenv("PYTEST_ADDOPTS", "-p xdist")
 
     def running(
         names: list[str] | None = None, *, cluster: str = "", seconds: int = 60, **tiers: str
