@@ -47,14 +47,11 @@ def test_one_character_is_enough() -> None:
 
 def test_text_cannot_move_between_the_parts() -> None:
     whole = data()
-    assert (
-        read(
-            OWNER, {**whole, "spec.json": whole["spec.json"] + "\n", "templates.json": whole["templates.json"][1:]}, KEY
-        )
-        is None
-    )
-    swapped = {**whole, "spec.json": whole["templates.json"], "templates.json": whole["spec.json"]}
-    assert read(OWNER, swapped, KEY) is None
+    spec, templates = whole["spec.json"], whole["templates.json"]
+    assert read(OWNER, {**whole, "spec.json": spec[:-1], "templates.json": spec[-1] + templates}, KEY) is None
+    assert read(OWNER, {**whole, "spec.json": spec + templates, "templates.json": ""}, KEY) is None
+    assert read(OWNER, {**whole, "spec.json": templates, "templates.json": spec}, KEY) is None
+    assert read(Owner("llama", "apps", "uid-1{"), {**whole, "spec.json": spec[1:]}, KEY) is None
 
 
 def test_it_belongs_to_one_resource_and_one_key() -> None:

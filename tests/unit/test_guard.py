@@ -41,7 +41,7 @@ EVASIONS = [
     "--quantization=a.b", "--tool-call-parser=a/b", "--reasoning-parser=a.b:C", "--max-model-len=1e9",
     "--max-model-len=0x10", "--max-model-len=", "--max-model-len=9" + "9" * 20, "--enforce-eager=true",
     "--enforce-eager=", "--no-enforce-eager", "--gpu-memory-utilization=nan", "--gpu-memory-utilization=inf",
-    "--gpu-memory-utilization=-1",
+    "--gpu-memory-utilization=-1", "--dtyp=bfloat16", "--max-model=8192", "--enforce", "--max_model_len=8192",
 ]  # fmt: skip
 
 
