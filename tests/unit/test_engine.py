@@ -9,7 +9,7 @@ import pytest
 from securevllm import catalogue
 from securevllm.api.parse import parse
 from securevllm.context import Context
-from securevllm.render import Observed, Rendered, render
+from securevllm.render import Observed, Rendered, pods, render
 from securevllm.render.envoy import ENGINE_KEEP_ALIVE_SECONDS
 from securevllm.render.meta import Object, Owner
 
@@ -146,10 +146,13 @@ def test_a_restart_is_part_of_the_template() -> None:
 
 
 def test_labels_and_annotations_of_the_user_never_win() -> None:
-    metadata = engine(engine={"labels": {"team": "red"}})["spec"]["template"]["metadata"]
-    assert metadata["labels"]["team"] == "red"
-    assert metadata["labels"]["securevllm.io/role"] == "engine"
-    assert metadata["annotations"]["linkerd.io/inject"] == "disabled"
+    """The parser refuses them; the template does not rely on it."""
+    labels = {"team": "red", "securevllm.io/role": "gateway", "sidecar.istio.io/inject": "true"}
+    annotations = {"note": "x", "linkerd.io/inject": "enabled"}
+    found = pods.template(OWNER, "engine", user=1, group=1, pod={}, labels=labels, annotations=annotations)["metadata"]
+    assert found["labels"] == {**labels, **OWNER.pod_labels("engine"), "sidecar.istio.io/inject": "false"}
+    assert found["annotations"]["note"] == "x"
+    assert found["annotations"]["linkerd.io/inject"] == "disabled"
 
 
 # ------------------------------------------------------------------------------------------------------------- fetch
