@@ -123,6 +123,25 @@ def test_the_real_schema_is_structural_and_bounded() -> None:
             assert "maxProperties" in node, f"{path}: a map without a bound"
 
 
+def test_every_field_is_explained() -> None:
+    """`kubectl explain` is the reference; a field that is named again is not explained."""
+    for path, node in nodes(crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]):
+        if path and path != ".metadata" and not path.endswith("[]"):
+            assert len(node.get("description", "")) > len("Protocol"), f"{path}: give the field a description"
+
+
+def test_a_default_is_told() -> None:
+    schema = dict(nodes(crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]))
+    for path, told in {
+        ".spec.gateway.routes.profiles": "Default: chat.",
+        ".spec.engine.sharedMemory": "Default: 8Gi.",
+        ".spec.suspend": "Default: false.",
+        ".spec.gateway.limits.streamSeconds": "Default: 3600.",
+        ".spec.gateway.replicas": "Default: 2.",
+    }.items():
+        assert schema[path]["description"].endswith(told), path
+
+
 def test_only_replicas_are_defaulted_by_the_api_server() -> None:
     """A default in the CRD is frozen in etcd; the scale subresource cannot do without the two of them."""
     schema = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]

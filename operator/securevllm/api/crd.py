@@ -5,8 +5,8 @@ The result is a *structural* schema (Kubernetes documentation, "Custom Resources
 estimate for CEL rules is the size of a whole request, and one resource could fill etcd. Whatever the generator cannot
 express raises `InternalError` with the path of the field; nothing is dropped silently but what is named here:
 
-* `title`, and `default` unless the field says `CRD_DEFAULT` (safe defaults are resolved when parsing): such a default
-  is told at the end of the description;
+* `title`, and `default` unless the field says `CRD_DEFAULT` (safe defaults are resolved when parsing); every default
+  is told at the end of the description, because `kubectl explain` shows nothing else of it;
 * `additionalProperties: false` (the API server prunes, or refuses under strict field validation, by itself);
 * `propertyNames` and `patternProperties`, the form of a map's keys: OpenAPI v3 has neither, they become a CEL rule.
 """
@@ -176,10 +176,11 @@ def _resolve(
 ) -> tuple[_Schema, tuple[str, ...]]:
     """Inline `$ref`, take `null` out of `anyOf`, drop what the module docstring names. The outer keyword wins."""
     node = {key: value for key, value in schema.items() if key not in {"$defs", "title"}}
+    told = _default_in_words(node.get("default"))
+    if told and "description" in node:
+        node["description"] += f" {told}"
     if not node.pop("x-crd-default", False):
-        told = _default_in_words(node.pop("default", None))
-        if told and "description" in node:
-            node["description"] += f" {told}"
+        node.pop("default", None)
     if "const" in node:
         node["enum"] = [node.pop("const")]
     if "$ref" in node:
@@ -197,7 +198,7 @@ def _resolve(
 
 
 def _default_in_words(value: object) -> str:
-    """A default that the parser sets; nothing for null and for what is empty, which descriptions explain."""
+    """A default as a sentence; nothing for null and for what is empty, which descriptions explain."""
     if value in (None, "", [], {}):
         return ""
     told = ", ".join(map(str, value)) if isinstance(value, list) else str(value)

@@ -21,7 +21,7 @@ from pydantic import TypeAdapter, ValidationError
 from securevllm import catalogue
 from securevllm.api import guard
 from securevllm.api import types as api
-from securevllm.api.addresses import is_public
+from securevllm.api.addresses import IPV4_MAPPED, is_public
 from securevllm.api.applicable import unapplicable
 from securevllm.api.schema import size_problems
 from securevllm.api.units import LARGEST, quantity
@@ -60,7 +60,7 @@ def parse(name: str, raw: dict[str, Any]) -> Accepted:
         SpecError: with everything that is wrong.
     """
     try:
-        spec = _SPEC.validate_json(json.dumps(raw), strict=True, by_alias=True, by_name=False)
+        spec = _read(raw)
     except ValidationError as error:
         raise SpecError(*_schema_problems(error)) from None
     problems = [*size_problems(raw), *(problem for check in _CHECKS for problem in check(spec))]
@@ -72,6 +72,26 @@ def parse(name: str, raw: dict[str, Any]) -> Accepted:
     if problems:
         raise SpecError(*problems)
     return Accepted(spec=spec, version=version, raw=raw, risks=tuple(_risks(spec)))
+
+
+def parse_accepted(raw: dict[str, Any]) -> Accepted | None:
+    """Read a spec that an earlier release accepted, without judging it by today's rules.
+
+    A newer floor or a stricter rule says ``Accepted=False``; it must not end the care for what runs.
+
+    Returns:
+        None when not even today's models can read it.
+    """
+    try:
+        spec = _read(raw)
+    except ValidationError:
+        return None
+    version = version_of(spec)
+    return None if isinstance(version, Problem) else Accepted(spec, version, raw, tuple(_risks(spec)))
+
+
+def _read(raw: dict[str, Any]) -> api.Spec:
+    return _SPEC.validate_json(json.dumps(raw), strict=True, by_alias=True, by_name=False)
 
 
 def _schema_problems(error: ValidationError) -> list[Problem]:
@@ -358,10 +378,14 @@ def _clients(spec: api.Spec) -> Iterator[Problem]:
 
 
 def _cidr(field: str, cidr: str) -> Iterator[Problem]:
+    fix = "Write a network such as 203.0.113.0/24."
     try:
-        ipaddress.ip_network(cidr)
+        network = ipaddress.ip_network(cidr)
     except ValueError as error:
-        yield Problem(field, "InvalidSpec", str(error), "Write a network such as 203.0.113.0/24.", cidr)
+        yield Problem(field, "InvalidSpec", str(error), fix, cidr)
+        return
+    if isinstance(network, ipaddress.IPv6Network) and network.subnet_of(IPV4_MAPPED):
+        yield Problem(field, "InvalidSpec", "no packet carries an IPv4 address in IPv6 notation", fix, cidr)
 
 
 def _egress(spec: api.Spec) -> Iterator[Problem]:

@@ -205,10 +205,10 @@ class PodAffinity(Model):
 
     required_during_scheduling_ignored_during_execution: Annotated[
         tuple[PodAffinityTerm, ...], Field(json_schema_extra=listed(limit=4))
-    ] = Field((), description="What must hold for a node.")
+    ] = Field((), description="Terms that must all hold for a node.")
     preferred_during_scheduling_ignored_during_execution: Annotated[
         tuple[WeightedPodAffinityTerm, ...], Field(json_schema_extra=listed(limit=4))
-    ] = Field((), description="What should hold for a node.")
+    ] = Field((), description="Terms that should hold for a node.")
 
 
 class PodAntiAffinity(PodAffinity):

@@ -2,9 +2,9 @@
 
 Field names in YAML are the camelCase aliases. Defaults that matter for security live here and not in the CRD: the API
 server would freeze them in etcd, and a safer default of a later release would change nothing. Only fields marked
-``CRD_DEFAULT`` get a ``default:`` in the schema; the others tell theirs at the end of their description. Cross-field
-rules that CEL can express stand beside the model that they concern; ``parse.py`` and ``applicable.py`` judge again, in
-the operator, and say what to write instead.
+``CRD_DEFAULT`` get a ``default:`` in the schema; all are told at the end of the description. Cross-field rules that
+CEL can express stand beside the model that they concern; ``parse.py`` and ``applicable.py`` judge again, in the
+operator, and say what to write instead.
 """
 
 from __future__ import annotations
