@@ -56,7 +56,7 @@ class Kube:
         if configuration.cert_file:
             context.load_cert_chain(configuration.cert_file, configuration.key_file)
         headers = {"User-Agent": user_agent}
-        if token := configuration.api_key.get("authorization"):
+        if token := configuration.api_key.get("BearerToken"):
             headers["Authorization"] = token
         self._http = httpx.Client(
             base_url=configuration.host, verify=context, headers=headers, trust_env=False, timeout=20

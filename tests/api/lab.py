@@ -166,7 +166,8 @@ def as_rendered(kube: Kube, namespace: str) -> bool:
     Raises:
         AssertionError: with what it found.
     """
-    assert differences(kube, namespace) == []
+    found = differences(kube, namespace)
+    assert not found, "\n".join(found)
     return True
 
 
