@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -15,11 +15,20 @@ import structlog
 
 from securevllm import drift
 from securevllm.api import types as api
-from securevllm.api.kinds import Kind, KubeObject, Ref
+from securevllm.api.kinds import DEPLOYMENT, Kind, KubeObject, Ref
 from securevllm.context import FIELD_MANAGER
 from securevllm.drift import Action
-from securevllm.errors import AlreadyExists, ApiError, Conflict, ForeignObject, LeadershipLost, NotFound, Unavailable
-from securevllm.render.meta import HASH_ANNOTATION, MANAGED_BY, Object
+from securevllm.errors import (
+    AlreadyExists,
+    ApiError,
+    Conflict,
+    Contested,
+    ForeignObject,
+    NotFound,
+    Unavailable,
+)
+from securevllm.render.meta import COMPONENT, HASH_ANNOTATION, MANAGED_BY, Object
+from securevllm.status import Failure
 
 if TYPE_CHECKING:
     from securevllm.cluster import Kubernetes
@@ -28,7 +37,13 @@ log = structlog.stdlib.get_logger(__name__)
 
 _CONTEST_WINDOW = 600.0
 _CONTEST_REPEATS = 5
-_CONTEST_PAUSE = 60.0
+_CONTEST_PAUSE, _CONTEST_PAUSE_SHORT = 60.0, 3.0
+_ROLLS_PODS = frozenset({DEPLOYMENT})
+_RETRY, _RETRY_REFUSED = 2.0, 30.0
+
+WAITING = "WaitingForGarbageCollection"
+"""Reason of an error that goes by itself: an older object of this name is on its way out."""
+
 _CONFLICTS = 4
 
 
@@ -70,17 +85,46 @@ class _Memory:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What could not be done, and who interferes.
+    """What could not be done.
 
     Attributes:
-        failures: object name to the reason.
-        contested: objects that somebody else keeps changing.
-        retry: a failure that goes by itself (no answer, conflict, waiting for the garbage collector).
+        failures: children that are not what they should be.
+        again: seconds until another try makes sense; None: nothing to do.
     """
 
-    failures: Mapping[str, str] = field(default_factory=dict)
-    contested: tuple[str, ...] = ()
-    retry: bool = False
+    failures: tuple[Failure, ...] = ()
+    again: float | None = None
+
+    def __add__(self, other: Outcome) -> Outcome:
+        pauses = [pause for pause in (self.again, other.again) if pause is not None]
+        return Outcome(self.failures + other.failures, min(pauses, default=None))
+
+    def of(self, component: str, child: str | None = None) -> bool:
+        """Whether something of a component, or one child of it, failed."""
+        return any(item.component == component and child in (None, item.child) for item in self.failures)
+
+
+def failed(obj: Object, error: ApiError | ForeignObject | Contested, component: str = "") -> Outcome:
+    """An error as an outcome.
+
+    Args:
+        obj: the child.
+        error: what happened.
+        component: instead of the child's own.
+    """
+    if isinstance(error, ForeignObject):
+        reason, again = "ForeignObject", _RETRY_REFUSED
+    elif isinstance(error, Contested):
+        reason, again = "DriftContested", error.pause
+    elif error.reason == WAITING:
+        reason, again = WAITING, _RETRY
+    else:
+        reason = "ApplyFailed"
+        again = _RETRY if isinstance(error, Unavailable | Conflict) else _RETRY_REFUSED
+    child = f"{obj['kind']} {obj['metadata']['name']}"
+    log.warning("child not as it should be", child=child, reason=reason, error=str(error))
+    component = component or obj["metadata"]["labels"].get(COMPONENT, "operator")
+    return Outcome((Failure(component, child, reason, str(error)),), again)
 
 
 class Children:
@@ -90,34 +134,23 @@ class Children:
         self._kubernetes, self._cache, self._monotonic = kubernetes, cache, monotonic
         self._memory: dict[Ref, _Memory] = {}
 
-    async def bring(self, objects: Iterable[Object], uid: str | None, *, prefix: str = "") -> Outcome:
+    async def bring(self, objects: Iterable[Object], uid: str | None, *, component: str = "") -> Outcome:
         """Make every object what was rendered, side by side.
 
         Args:
             objects: rendered, with their hash.
             uid: of the owner; None for the shared default-deny.
-            prefix: put before the names in ``failures``; empty: the object's component.
+            component: of failures, instead of the objects' own.
         """
         wanted = list(objects)
         results = await asyncio.gather(*(self._bring(obj, uid) for obj in wanted), return_exceptions=True)
-        failures: dict[str, str] = {}
-        retry = False
+        outcome = Outcome()
         for obj, result in zip(wanted, results, strict=True):
-            if result is None:
-                continue
-            if not isinstance(result, ApiError | ForeignObject):
+            if isinstance(result, ApiError | ForeignObject | Contested):
+                outcome += failed(obj, result, component)
+            elif result is not None:
                 raise result  # LeadershipLost, cancellation, or a mistake of ours: nothing may hide it
-            component = prefix or f"{obj['metadata']['labels'].get('app.kubernetes.io/component', 'operator')}/"
-            failures[f"{component}{obj['kind']} {obj['metadata']['name']}"] = str(result)
-            retry = retry or isinstance(result, Unavailable | Conflict)
-            log.warning("child not applied", kind=obj["kind"], name=obj["metadata"]["name"], error=str(result))
-        now = self._monotonic()
-        contested = tuple(
-            f"{obj['kind']} {obj['metadata']['name']}"
-            for obj in wanted
-            if (memory := self._memory.get(Ref.of(obj))) and memory.pause_until > now
-        )
-        return Outcome(failures, contested, retry)
+        return outcome
 
     async def _bring(self, obj: Object, uid: str | None) -> None:
         ref = Ref.of(obj)
@@ -140,9 +173,16 @@ class Children:
         if live is not None:
             self.check_owner(live, uid)
             action = drift.judge(obj, live, memory.settled)
-            if action is not Action.KEEP and memory.pause_until > self._monotonic():
-                return
         wanted = obj["metadata"]["annotations"][HASH_ANNOTATION]
+        if action is not Action.KEEP:
+            pause = memory.pause_until - self._monotonic()
+            # A fight delays repairs, never what the spec newly says: a revoked key must not wait for it.
+            if pause > 0 and memory.applied == wanted:
+                raise Contested(pause)
+        if live is not None and action is Action.RECREATE:
+            await self._kubernetes.delete(ref, uid=live["metadata"]["uid"])
+            self._cache.forget(ref)
+            raise Unavailable(f"{ref} is made anew", reason=WAITING)
         if live is None or action is Action.APPLY:
             drifted = live is not None and memory.applied == wanted
             live = await self._kubernetes.apply(obj)
@@ -177,8 +217,10 @@ class Children:
         memory.repairs.append(now)
         recent = [moment for moment in memory.repairs if now - moment < _CONTEST_WINDOW]
         if len(recent) > _CONTEST_REPEATS:
-            memory.pause_until = now + _CONTEST_PAUSE
-            log.warning("drift contested", kind=ref.kind.kind, name=ref.name, pause=_CONTEST_PAUSE)
+            # What isolates or authenticates is open for moments only; a workload that is changed rolls pods each time.
+            pause = _CONTEST_PAUSE if ref.kind in _ROLLS_PODS else _CONTEST_PAUSE_SHORT
+            memory.pause_until = now + pause
+            log.warning("drift contested", kind=ref.kind.kind, name=ref.name, pause=pause)
 
     @staticmethod
     def check_owner(live: KubeObject, uid: str | None) -> None:
@@ -191,7 +233,8 @@ class Children:
         metadata = live["metadata"]
         controller = next((ref for ref in metadata.get("ownerReferences", ()) if ref.get("controller")), None)
         if uid is None:
-            if controller is not None or metadata.get("labels", {}).get(MANAGED_BY) != FIELD_MANAGER:
+            # The default-deny only closes, and its name is ours: whoever made it, it becomes what it should be.
+            if controller is not None:
                 raise _foreign(live, controller)
             return
         if controller is not None and controller["uid"] == uid:
@@ -199,19 +242,17 @@ class Children:
         if controller is not None and controller["kind"] == api.KIND:
             raise Unavailable(
                 f"{live['kind']} {metadata['name']} belongs to a deleted {api.KIND} and is being removed",
-                reason="WaitingForGarbageCollection",
+                reason=WAITING,
             )
         raise _foreign(live, controller)
 
-    async def make(
-        self, obj: Object, uid: str, content: Callable[[Mapping[str, str] | None], Awaitable[dict[str, str]]]
-    ) -> KubeObject:
+    async def make(self, obj: Object, uid: str, content: Callable[[KubeObject | None], dict[str, str]]) -> KubeObject:
         """A Secret whose content is random: live GET, then POST; changed only when its content says so.
 
         Args:
             obj: without data.
             uid: of the owner.
-            content: gives the wanted data (base64), from the current data or None.
+            content: gives the wanted data (base64), from the current Secret or None.
 
         Raises:
             ApiError: it could not be made.
@@ -221,41 +262,48 @@ class Children:
         live = self._cache.get(ref) or await self._look(ref)
         if live is None:
             try:
-                live = await self._kubernetes.create(obj | {"data": await content(None)})
+                live = await self._kubernetes.create(obj | {"data": content(None)})
             except AlreadyExists:
                 # Somebody was faster, perhaps ourselves before a crash: what is there counts.
                 live = await self._kubernetes.get(ref)
             self._cache.put(live)
         self.check_owner(live, uid)
-        wanted = await content(live.get("data", {}))
-        if wanted != live.get("data", {}):
-            live = await self._kubernetes.replace({**live, "data": wanted})
+        wanted = {**live, "data": content(live)}
+        metadata = obj["metadata"]
+        labels = {**live["metadata"].get("labels", {}), **metadata["labels"]}
+        wanted["metadata"] = {**live["metadata"], "labels": labels, "ownerReferences": metadata["ownerReferences"]}
+        if wanted != live:
+            live = await self._kubernetes.replace(wanted)
             self._cache.put(live)
         return live
 
-    async def prune(self, uid: str, keep: set[Ref]) -> Outcome:
-        """Delete children of this owner that are no longer rendered."""
-        stale = [obj for obj in self._cache.indexed(uid) if Ref.of(obj) not in keep]
-        failures = {}
-        for obj in stale:
+    async def prune(self, uid: str, keep: set[Ref], kinds: frozenset[Kind]) -> Outcome:
+        """Delete children of this owner that are no longer rendered.
+
+        Args:
+            uid: of the owner.
+            keep: what is rendered, or must stay for another reason.
+            kinds: only these; anybody can make an object that names our resource as its owner.
+        """
+        outcome = Outcome()
+        for obj in self._cache.indexed(uid):
             ref = Ref.of(obj)
-            if obj["metadata"].get("deletionTimestamp"):
+            if ref in keep or ref.kind not in kinds or obj["metadata"].get("deletionTimestamp"):
                 continue
             try:
                 await self._kubernetes.delete(ref, uid=obj["metadata"]["uid"])
                 log.info("pruned", kind=ref.kind.kind, name=ref.name)
-            except LeadershipLost:
-                raise
             except ApiError as error:
-                failures[f"prune/{ref.kind.kind} {ref.name}"] = str(error)
+                outcome += failed(obj, error)
             self._cache.forget(ref)
             self._memory.pop(ref, None)
-        return Outcome(failures, retry=bool(failures))
+        return outcome
 
     def forget(self, namespace: str, owner: str) -> None:
         """Drop what is remembered of the children of a resource that is gone."""
         for ref in [ref for ref in self._memory if ref.namespace == namespace and ref.name.startswith(f"{owner}-")]:
-            del self._memory[ref]
+            if self._cache.get(ref) is None:
+                del self._memory[ref]
 
 
 def _foreign(live: KubeObject, controller: Mapping[str, str] | None) -> ForeignObject:

@@ -3,7 +3,7 @@
 Three questions, because no single one is enough:
 
 * Is everything that we say there, with our value? (``covers``)
-* Did another field manager *add* something? Forced server-side apply repairs the fields that we send and never removes
+* Did somebody *add* something? Forced server-side apply repairs the fields that we send and never removes
   what others added, so ``additions`` walks their ``managedFields`` against what was rendered.
 * Did anything else move since our last write? Some fields belong to no manager: ``hostNetwork`` makes the API server
   fill in ``hostPort``, which stays when ``hostNetwork`` goes. ``footprint`` remembers the whole object.
@@ -11,26 +11,39 @@ Three questions, because no single one is enough:
 
 from __future__ import annotations
 
-import base64
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from enum import Enum, auto
 from typing import Any
 
 from securevllm.api.units import quantity
-from securevllm.context import FIELD_MANAGER
 from securevllm.render.meta import HASH_ANNOTATION, Object, digest
 
 RESTARTED_AT = "kubectl.kubernetes.io/restartedAt"
 """``kubectl rollout restart``: a user's wish, not drift."""
 
-_CONTROLLER_ANNOTATIONS = ("deployment.kubernetes.io/", "pv.kubernetes.io/", "volume.kubernetes.io/")
+_CONTROLLER_ANNOTATIONS = (
+    "deployment.kubernetes.io/",
+    "pv.kubernetes.io/",
+    "volume.kubernetes.io/",
+    # Load balancers and OpenShift's build tokens note here what they made.
+    "cloud.google.com/",
+    "metallb.io/",
+    "metallb.universe.tf/",
+    "networking.gke.io/",
+    "openshift.io/",
+    "service.beta.kubernetes.io/",
+    "service.kubernetes.io/",
+)
 _SERVER_METADATA = ("managedFields", "resourceVersion", "generation", "uid", "creationTimestamp", "selfLink")
 
 _QUANTITY_FIELDS = frozenset({"limits", "requests", "sizeLimit"})
 
-# Kinds whose spec cannot be written back: fields are bound or filled in by controllers, and most are immutable.
+# Most of their fields are immutable, and controllers fill in others: never written back as a whole.
 _CREATED_ONCE = frozenset({"Job", "PersistentVolumeClaim"})
+
+# OpenShift adds its own to every ServiceAccount.
+_CONTROLLER_FIELDS = {"ServiceAccount": frozenset({"secrets", "imagePullSecrets"})}
 
 
 class Action(Enum):
@@ -39,6 +52,7 @@ class Action(Enum):
     KEEP = auto()
     APPLY = auto()
     REPLACE = auto()
+    RECREATE = auto()
 
 
 def judge(rendered: Object, live: Object, settled: str | None) -> Action:
@@ -51,7 +65,9 @@ def judge(rendered: Object, live: Object, settled: str | None) -> Action:
     """
     said = live["metadata"].get("annotations", {}).get(HASH_ANNOTATION)
     if rendered["kind"] in _CREATED_ONCE:
-        return Action.KEEP
+        changed = said != rendered["metadata"]["annotations"][HASH_ANNOTATION]
+        # A Job that has not ended is made anew; a claim can grow; what is done stays as it is.
+        return _ONCE[rendered["kind"]](live) if changed else Action.KEEP
     if said != rendered["metadata"]["annotations"][HASH_ANNOTATION]:
         return Action.APPLY
     if settled is not None:
@@ -59,6 +75,16 @@ def judge(rendered: Object, live: Object, settled: str | None) -> Action:
     if not covers(rendered, live):
         return Action.APPLY
     return Action.REPLACE if next(additions(rendered, live), None) is not None else Action.KEEP
+
+
+def _job(live: Object) -> Action:
+    complete = any(
+        item["type"] == "Complete" and item["status"] == "True" for item in live.get("status", {}).get("conditions", ())
+    )
+    return Action.KEEP if complete else Action.RECREATE
+
+
+_ONCE: Mapping[str, Callable[[Object], Action]] = {"Job": _job, "PersistentVolumeClaim": lambda _: Action.APPLY}
 
 
 def covers(rendered: Any, live: Any, *, quantities: bool = False) -> bool:
@@ -72,9 +98,6 @@ def covers(rendered: Any, live: Any, *, quantities: bool = False) -> bool:
     if isinstance(rendered, Mapping):
         if not isinstance(live, Mapping):
             return False
-        if "stringData" in rendered:
-            data = {key: base64.b64encode(text.encode()).decode() for key, text in rendered["stringData"].items()}
-            rendered = {key: value for key, value in rendered.items() if key != "stringData"} | {"data": data}
         # The API server drops an empty map or list, and keeps no field for it.
         return all(
             covers(value, live.get(key, type(value)()), quantities=quantities or key in _QUANTITY_FIELDS)
@@ -96,36 +119,33 @@ def _same_quantity(ours: Any, theirs: Any) -> bool:
 
 
 def additions(rendered: Object, live: Object) -> Iterator[str]:
-    """Paths that other managers own and that were not rendered, ``.status`` and controllers' own notes aside."""
+    """Paths that somebody owns and that were not rendered, ``.status`` and controllers' own notes aside."""
     for entry in live["metadata"].get("managedFields", ()):
+        # Our own entries count: anybody may write under our name, and what we wrote by PUT no later apply removes.
         if entry.get("subresource") == "status":
             continue
-        # What we once wrote by PUT is ours as "Update": no later apply would ever remove it.
-        if entry.get("manager") == FIELD_MANAGER and entry.get("operation") == "Apply":
-            continue
-        yield from _added(entry.get("fieldsV1", {}), rendered, "")
+        ignored = _CONTROLLER_FIELDS.get(rendered["kind"], frozenset())
+        yield from _added(entry.get("fieldsV1", {}), rendered, "", ignored)
 
 
-def _added(fields: Mapping[str, Any], rendered: Any, path: str) -> Iterator[str]:
+def _added(fields: Mapping[str, Any], rendered: Any, path: str, ignored: frozenset[str]) -> Iterator[str]:
     """Walk ``fieldsV1`` (sigs.k8s.io/structured-merge-diff: f: field, k: list key, v: set value, i: index)."""
     for key, inner in fields.items():
         if key == ".":
             continue
         kind, _, name = key.partition(":")
         here = f"{path}.{name}"
-        if _is_note(path, name) or here == ".status":
+        if _is_note(path, name) or here == ".status" or here.removeprefix(".") in ignored:
             continue
         found, child = _step(kind, name, rendered)
         if not found:
             yield here
         else:
-            yield from _added(inner, child, here)
+            yield from _added(inner, child, here, ignored)
 
 
 def _step(kind: str, name: str, node: Any) -> tuple[bool, Any]:
     if kind == "f" and isinstance(node, Mapping):
-        if name == "data" and "stringData" in node:
-            return True, node["stringData"]
         return name in node, node.get(name)
     if kind == "k" and isinstance(node, list | tuple):
         wanted = json.loads(name)
@@ -151,7 +171,8 @@ def footprint(live: Object) -> str:
     metadata = {key: value for key, value in live["metadata"].items() if key not in (*_SERVER_METADATA, "finalizers")}
     notes = metadata.get("annotations", {})
     metadata["annotations"] = {k: v for k, v in notes.items() if not k.startswith(_CONTROLLER_ANNOTATIONS)}
-    body = {key: value for key, value in live.items() if key not in ("metadata", "status")}
+    ignored = _CONTROLLER_FIELDS.get(live["kind"], frozenset()) | {"metadata", "status"}
+    body = {key: value for key, value in live.items() if key not in ignored}
     restarted = _restarted_at(live)
     if restarted is not None:
         body = json.loads(json.dumps(body))
@@ -180,16 +201,23 @@ def replacement(rendered: Object, live: Object) -> Object:
     for key, value in metadata.get("annotations", {}).items():
         if key.startswith(_CONTROLLER_ANNOTATIONS):
             body["metadata"].setdefault("annotations", {})[key] = value
+    for name in _CONTROLLER_FIELDS.get(body["kind"], ()):
+        if name in live:
+            body[name] = live[name]
     if body["kind"] == "Service":
-        # Allocated once and immutable.
-        for name in ("clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy", "healthCheckNodePort"):
-            if name in live["spec"]:
-                body["spec"].setdefault(name, live["spec"][name])
-        allocated = {port["port"]: port["nodePort"] for port in live["spec"].get("ports", ()) if "nodePort" in port}
-        for port in body["spec"].get("ports", ()):
-            if port["port"] in allocated and body["spec"].get("type") != "ClusterIP":
-                port["nodePort"] = allocated[port["port"]]
+        _keep_allocated(body["spec"], live["spec"])
     restarted = _restarted_at(live)
     if restarted is not None:
         body["spec"]["template"]["metadata"].setdefault("annotations", {})[RESTARTED_AT] = restarted
     return body
+
+
+def _keep_allocated(spec: dict[str, Any], live: Mapping[str, Any]) -> None:
+    """Addresses and ports of a Service, allocated once and immutable."""
+    for name in ("clusterIP", "clusterIPs", "ipFamilies", "ipFamilyPolicy", "healthCheckNodePort"):
+        if name in live:
+            spec.setdefault(name, live[name])
+    allocated = {port["port"]: port["nodePort"] for port in live.get("ports", ()) if "nodePort" in port}
+    for port in spec.get("ports", ()):
+        if port["port"] in allocated and spec.get("type") != "ClusterIP":
+            port["nodePort"] = allocated[port["port"]]

@@ -5,6 +5,7 @@ OperatorError
 ├── InternalError      our own mistake: a rendered artefact is not what was meant
 ├── LeadershipLost     a write was refused because the Lease may belong to somebody else
 ├── ForeignObject      an object with a child's name belongs to somebody else
+├── Contested          somebody else keeps changing a child; it is left alone for a moment
 └── ApiError           the API server said no, or did not answer
     ├── NotFound, AlreadyExists, Conflict, Forbidden, Invalid
     └── Unavailable    worth a retry: timeout, connection error, 429, 5xx
@@ -76,6 +77,18 @@ class ForeignObject(OperatorError):  # noqa: N818 - says what it is
             f"{kind} {namespace}/{name} exists and belongs to {owner}: it is left alone. "
             f"Rename this SecureVLLMDeployment or remove that object."
         )
+
+
+class Contested(OperatorError):  # noqa: N818 - says what it is
+    """A child was repaired several times and changed again each time.
+
+    Attributes:
+        pause: seconds until the next repair.
+    """
+
+    def __init__(self, pause: float) -> None:
+        self.pause = pause
+        super().__init__(f"somebody else keeps changing it; the next repair is in {pause:.0f} s")
 
 
 class ApiError(OperatorError):

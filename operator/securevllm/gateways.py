@@ -1,15 +1,34 @@
-"""Asks every gateway which files it serves. A rejected update keeps the last good one: it has to be seen."""
+"""Asks every gateway which files it serves, and nudges those that lag behind.
+
+A rejected update keeps the last good file, revoked keys included: it has to be seen. ``HttpGateways`` asks;
+``ReadBack`` compares the answers with what was rendered.
+"""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import aiohttp
+import structlog
 
+from securevllm.api.kinds import POD, Ref
+from securevllm.errors import Conflict, Forbidden, NotFound
 from securevllm.render import envoy, readback
+from securevllm.render.meta import REVISION_ANNOTATION
+from securevllm.status import Gateway as Facts
+from securevllm.topology import Role
+
+if TYPE_CHECKING:
+    from securevllm.api.kinds import KubeObject
+    from securevllm.children import Cache
+    from securevllm.cluster import Kubernetes
+    from securevllm.render import Rendered
+    from securevllm.render.meta import Owner
+
+log = structlog.stdlib.get_logger(__name__)
 
 _TIMEOUT = 2.0
 _LIMIT = 256 * 1024
@@ -53,8 +72,12 @@ class HttpGateways:
 
     async def served(self, pods: Sequence[Pod], port: int) -> Mapping[str, Served | None]:
         """See ``Gateways.served``."""
-        answers = await asyncio.gather(*(self._ask(pod, port) for pod in pods))
+        answers = await asyncio.gather(*(self._ask_twice(pod, port) for pod in pods))
         return {pod.name: answer for pod, answer in zip(pods, answers, strict=True)}
+
+    async def _ask_twice(self, pod: Pod, port: int) -> Served | None:
+        """One lost packet is no news."""
+        return await self._ask(pod, port) or await self._ask(pod, port)
 
     async def _ask(self, pod: Pod, port: int) -> Served | None:
         host = f"[{pod.address}]" if ":" in pod.address else pod.address
@@ -71,3 +94,89 @@ class HttpGateways:
         except (aiohttp.ClientError, TimeoutError, OSError):
             return None
         return Served(readback.parse_versions(text), readback.parse_healthy(text))
+
+
+@dataclass
+class _Poll:
+    """What is not served everywhere yet; the pause grows until something else is awaited."""
+
+    awaited: str
+    pause: float = 0.2
+
+    def next(self) -> float:
+        pause, self.pause = self.pause, min(self.pause * 1.5, 10.0)
+        return pause
+
+
+class ReadBack:
+    """Which gateways serve the current files."""
+
+    def __init__(self, kubernetes: Kubernetes, cache: Cache, gateways: Gateways) -> None:
+        self._kubernetes, self._cache, self._gateways = kubernetes, cache, gateways
+        self._polls: dict[tuple[str, str], _Poll] = {}
+
+    def forget(self, namespace: str, name: str) -> None:
+        """The resource is gone, or all is as it should be."""
+        self._polls.pop((namespace, name), None)
+
+    async def look(self, owner: Owner, rendered: Rendered, engines: int) -> tuple[Facts, float | None]:
+        """Ask, and nudge.
+
+        Args:
+            owner: the resource.
+            rendered: what its gateways should serve; it was written to the cluster.
+            engines: engines that are ready, and that every gateway should know.
+
+        Returns:
+            What was found, and the seconds until the next look; None: all is as it should be.
+        """
+        pods = [pod for pod in self._cache.all(POD, owner.namespace) if _running(pod, owner.selector(Role.GATEWAY))]
+        if not pods:
+            self.forget(owner.namespace, owner.name)
+            return Facts(), None
+        expected = readback.versions_of(rendered.served_files())
+        addresses = [Pod(pod["metadata"]["name"], pod["status"]["podIP"]) for pod in pods]
+        answers = await self._gateways.served(addresses, rendered.topology.socket(Role.GATEWAY, "ops").port)
+        stale = {
+            name: tuple(sorted(file for file, version in expected.items() if served.versions.get(file) != version))
+            for name, served in answers.items()
+            if served is not None
+        }
+        found = Facts(
+            stale,
+            silent=tuple(sorted(name for name, served in answers.items() if served is None)),
+            unconnected=tuple(sorted(name for name, served in answers.items() if served and not served.engines)),
+        )
+        if not found.silent and not any(stale.values()) and not (engines and found.unconnected):
+            self.forget(owner.namespace, owner.name)
+            return found, None
+        revision = rendered.revision()
+        await asyncio.gather(*(self._nudge(pod, revision) for pod in pods if stale.get(pod["metadata"]["name"])))
+        awaited = f"{revision} {engines}"
+        key = owner.namespace, owner.name
+        poll = self._polls.get(key)
+        if poll is None or poll.awaited != awaited:
+            poll = self._polls[key] = _Poll(awaited)
+        return found, poll.next()
+
+    async def _nudge(self, pod: KubeObject, revision: str) -> None:
+        if pod["metadata"].get("annotations", {}).get(REVISION_ANNOTATION) == revision:
+            return
+        body = {"metadata": {"annotations": {REVISION_ANNOTATION: revision}, "uid": pod["metadata"]["uid"]}}
+        try:
+            self._cache.put(await self._kubernetes.patch(Ref.of(pod), body))
+        except (NotFound, Conflict):
+            self._cache.forget(Ref.of(pod))
+        except Forbidden as error:
+            name = pod["metadata"]["name"]
+            log.warning("gateway pod not nudged, kubelet takes up to 80 s", pod=name, error=str(error))
+
+
+def _running(pod: KubeObject, selector: Mapping[str, str]) -> bool:
+    status, metadata = pod.get("status", {}), pod["metadata"]
+    return bool(
+        selector.items() <= metadata.get("labels", {}).items()
+        and status.get("podIP")
+        and status.get("phase") == "Running"
+        and not metadata.get("deletionTimestamp")
+    )

@@ -31,7 +31,7 @@ from securevllm.http import HttpServer
 from securevllm.leader import Elector, LeaseSettings, boot_clock
 from securevllm.metrics import Metrics
 from securevllm.reconcile import Key, Reconciler
-from securevllm.render.meta import DENY_NAME, MANAGED_BY, SECRET_LABEL
+from securevllm.render.meta import DENY_NAME, INSTANCE, MANAGED_BY, SECRET_LABEL
 from securevllm.store import Store, Watched
 from securevllm.watch import Watcher
 from securevllm.workqueue import WorkQueue
@@ -45,7 +45,6 @@ logger = structlog.stdlib.get_logger(__name__)
 _OURS = f"{MANAGED_BY}={FIELD_MANAGER}"
 _FINISH_SECONDS = 3.0
 _ABORT_SECONDS = 5.0
-_INSTANCE_LABEL = "app.kubernetes.io/instance"
 
 WATCHED = (
     Watched(kinds.SECURE_VLLM_DEPLOYMENT),
@@ -89,7 +88,7 @@ def keys_of(store: Store) -> Callable[[KubeObject], Iterator[Key]]:
             yield from (Key(namespace, name) for name in owners)
         elif obj["kind"] == kinds.POD.kind:
             # A pod belongs to a ReplicaSet; the label is a hint, and a wrong one costs one idle reconcile.
-            yield Key(namespace, labels.get(_INSTANCE_LABEL, ""))
+            yield Key(namespace, labels.get(INSTANCE, ""))
         elif metadata["name"] == DENY_NAME:
             yield Key(namespace, "")
         elif obj["kind"] == kinds.SECRET.kind:

@@ -40,6 +40,8 @@ _FIRST_PAUSE = 1.0
 _LONGEST_PAUSE = 30.0
 _STOP_TIMEOUT = 10.0
 _CLOSE_SECONDS = 0.1
+_GAP_PAUSE = 1.0
+"""After a gap of one kind the others have theirs too: one list of ours for all of them."""
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -90,6 +92,9 @@ class Watcher(Generic[K]):
         self._resync = resync
         self._jitter = jitter
         self._seen: dict[Kind, float] = {}
+        # kopf has listed: at its start, or because a stream could not go on where it had ended. What was deleted before
+        # it did, it never tells.
+        self._gap = asyncio.Event()
 
     async def run(self) -> None:
         """Watch for ever; stops the watches when it is cancelled.
@@ -128,7 +133,11 @@ class Watcher(Generic[K]):
     async def _resync_for_ever(self) -> None:
         pause = self._resync
         while True:
-            await asyncio.sleep(pause * self._jitter())
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause * self._jitter()):
+                    await self._gap.wait()
+                    await asyncio.sleep(_GAP_PAUSE)
+            self._gap.clear()
             try:
                 await self._list_all(first=False)
                 pause = self._resync
@@ -159,6 +168,8 @@ class Watcher(Generic[K]):
 
     def _take_event(self, kind: Kind, event_type: str | None, obj: KubeObject) -> None:
         self._heard_of(kind)
+        if event_type is None:
+            self._gap.set()
         change = self._store.remove(obj) if event_type == "DELETED" else self._store.put(obj)
         if change is not None:
             self._tell(change)

@@ -14,13 +14,12 @@ from typing import TYPE_CHECKING
 from securevllm.render import accepted as kept
 from securevllm.render import engine, envoy, fetch, gateway, pods, policies
 from securevllm.render.meta import Object, Owner, stamp
+from securevllm.render.readback import versions_of
 from securevllm.topology import Role, Topology, plan
 
 if TYPE_CHECKING:
     from securevllm.api.parse import Accepted
     from securevllm.context import Context
-
-DEPLOYMENT = "Deployment"
 
 
 class Made(StrEnum):
@@ -50,13 +49,15 @@ class Observed:
         pins: templates that were rolled out, by workload name.
         fetched: names of fetch Jobs that are complete.
         restart_at: value of the user's annotation.
-        seal_key: key of the seal on what was accepted.
+        engine_key: the engines' API key; a new one restarts them, because they read it at their start.
+        seal_key: key of the seal on what was accepted, and of everything that is derived from a secret.
     """
 
     client_keys: tuple[envoy.ClientKey, ...] = ()
     pins: Mapping[str, kept.Pin] = field(default_factory=dict)
     fetched: frozenset[str] = frozenset()
     restart_at: str = ""
+    engine_key: bytes = field(default=b"", repr=False)
     seal_key: bytes = field(default=b"", repr=False)
 
 
@@ -107,8 +108,8 @@ class Rendered:
         return files
 
     def revision(self) -> str:
-        """Hash of everything that a gateway serves."""
-        return envoy.revision(self.served_files())
+        """Hash of the versions of everything that a gateway serves; nothing of a key can be guessed from it."""
+        return envoy.revision(versions_of(self.served_files()))
 
 
 def render(owner: Owner, accepted: Accepted, context: Context, observed: Observed) -> Rendered:
@@ -124,18 +125,19 @@ def render(owner: Owner, accepted: Accepted, context: Context, observed: Observe
     topology = plan(spec, context)
     model = gateway.model(owner, spec, accepted.version, topology, context)
     files = envoy.envoy_files(model)
-    keys_file = envoy.api_keys_file(observed.client_keys) if model.authentication else ""
+    keys_file = envoy.api_keys_file(observed.client_keys, observed.seal_key) if model.authentication else ""
+    started_with = engine.StartedWith(observed.restart_at, kept.fingerprint(observed.seal_key, observed.engine_key))
 
     settled = {
         engine.ROLE: kept.settle(
-            engine.template(owner, spec, topology, observed.restart_at),
-            engine.inputs(spec, observed.restart_at),
+            engine.template(owner, spec, topology, started_with),
+            engine.inputs(accepted.raw, started_with),
             observed.pins.get(engine.ROLE),
             spec.update_policy,
         ),
         gateway.ROLE: kept.settle(
             gateway.template(owner, spec, context, model, files),
-            gateway.inputs(spec),
+            gateway.inputs(accepted.raw),
             observed.pins.get(gateway.ROLE),
             spec.update_policy,
         ),
@@ -152,7 +154,7 @@ def render(owner: Owner, accepted: Accepted, context: Context, observed: Observe
         engine.service(owner, topology),
         gateway.service(owner, spec, topology),
         gateway.config_map(owner, files),
-        *([gateway.auth_secret(owner, observed.client_keys)] if model.authentication else []),
+        *([gateway.auth_secret(owner, keys_file)] if model.authentication else []),
         gateway.disruption_budget(owner, spec),
         fetch.claim(owner, spec),
     ]

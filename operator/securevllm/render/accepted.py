@@ -72,6 +72,16 @@ def read(owner: Owner, data: Mapping[str, str], seal_key: bytes) -> Kept | None:
     return Kept(json.loads(spec_text), pins)
 
 
+def fingerprint(seal_key: bytes, secret: bytes) -> str:
+    """Stands for a secret where people may look: with the key of the seal, a guess cannot be tried offline."""
+    return hmac.new(seal_key, secret, hashlib.sha256).hexdigest()[:16] if secret else ""
+
+
+def name(owner: Owner) -> str:
+    """Name of the ConfigMap."""
+    return owner.child(SUFFIX)
+
+
 def _text(value: Any) -> str:
     return json.dumps(value, sort_keys=True, indent=1)
 

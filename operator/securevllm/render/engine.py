@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from securevllm import catalogue
 from securevllm.api.units import seconds
 from securevllm.render import envoy, fetch, pods
-from securevllm.render.meta import RESTART_ANNOTATION, Object, Owner
+from securevllm.render.meta import ENGINE_KEY_ANNOTATION, RESTART_ANNOTATION, Object, Owner
 from securevllm.topology import Role, Topology
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from securevllm.api import types as api
 
 ROLE = Role.ENGINE.value
@@ -26,6 +29,19 @@ _ENDPOINT_SECONDS = 15
 
 _UNREACHABLE_DOMAIN = "none.invalid"
 """vLLM reads an empty list of media domains as "any"; .invalid never resolves (RFC 6761)."""
+
+
+@dataclass(frozen=True)
+class StartedWith:
+    """What a running engine cannot take in later: a change restarts it.
+
+    Attributes:
+        restart_at: the user's annotation.
+        key: fingerprint of the engine's API key.
+    """
+
+    restart_at: str
+    key: str
 
 
 def key_secret(owner: Owner) -> str:
@@ -69,13 +85,14 @@ def deployment(owner: Owner, spec: api.Spec, template: Object) -> Object:
     )
 
 
-def template(owner: Owner, spec: api.Spec, topology: Topology, restart_at: str) -> Object:
+def template(owner: Owner, spec: api.Spec, topology: Topology, started_with: StartedWith) -> Object:
     """The engine's pod template."""
     engine = spec.engine
     port = topology.socket(Role.ENGINE, "api").port
     grace = seconds(engine.termination_grace_period)
     health = {"httpGet": {"path": HEALTH_PATH, "port": port, "scheme": "HTTP"}}
     volume = fetch.volume(owner, spec)
+    notes = {RESTART_ANNOTATION: started_with.restart_at, ENGINE_KEY_ANNOTATION: started_with.key}
     container: dict[str, Any] = {
         "name": "vllm",
         "image": spec.image,
@@ -120,7 +137,7 @@ def template(owner: Owner, spec: api.Spec, topology: Topology, restart_at: str) 
         group=pods.VLLM_GROUP,
         pod=pod,
         labels=engine.labels,
-        annotations=engine.annotations | ({RESTART_ANNOTATION: restart_at} if restart_at else {}),
+        annotations=engine.annotations | {name: value for name, value in notes.items() if value},
     )
 
 
@@ -186,9 +203,17 @@ def quantities(block: api.Resources) -> dict[str, Any]:
     return {part: {name: str(value) for name, value in amounts.items()} for part, amounts in parts.items() if amounts}
 
 
-def inputs(spec: api.Spec, restart_at: str) -> Any:
-    """The part of the spec that the template depends on: a change here rolls the pods, an operator upgrade does not."""
-    chosen = {"model", "image", "image_pull_secrets", "parallelism", "ports", "engine"}
-    dumped = spec.model_dump(mode="json", by_alias=True, exclude_defaults=True, include=chosen)
-    media = spec.security.media.model_dump(mode="json", by_alias=True, exclude_defaults=True)
-    return {"spec": dumped, "media": media, "restartAt": restart_at}
+def inputs(raw: Mapping[str, Any], started_with: StartedWith) -> Any:
+    """What the template depends on: a change here rolls the pods, an operator upgrade does not.
+
+    Args:
+        raw: ``spec`` as the user wrote it: a default that a later release changes is not a change of the spec.
+        started_with: what a running engine cannot take in.
+    """
+    chosen = ("model", "image", "imagePullSecrets", "parallelism", "ports", "engine")
+    return {
+        "spec": {name: raw[name] for name in chosen if name in raw},
+        "media": raw.get("security", {}).get("media", {}),
+        "restartAt": started_with.restart_at,
+        "engineKey": started_with.key,
+    }

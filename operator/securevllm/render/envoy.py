@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import hmac
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -329,8 +330,8 @@ def _digest(text: str, digits: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
-def _text(content: Mapping[str, Any], *, digits: int = 16) -> str:
-    version = _digest(json.dumps(content, sort_keys=True), digits)
+def _text(content: Mapping[str, Any], salt: bytes = b"") -> str:
+    version = hmac.new(salt, json.dumps(content, sort_keys=True).encode(), hashlib.sha256).hexdigest()[:16]
     return json.dumps({"version_info": version, **content}, indent=1) + "\n"
 
 
@@ -370,15 +371,15 @@ def envoy_files(model: GatewayModel) -> Mapping[str, str]:
     return MappingProxyType({BOOTSTRAP_FILE: bootstrap, **{name: _text(content) for name, content in parsed.items()}})
 
 
-def api_keys_file(keys: Sequence[ClientKey]) -> str:
+def api_keys_file(keys: Sequence[ClientKey], salt: bytes = b"") -> str:
     """Render api_keys.yaml, the content of a Secret.
 
     Args:
         keys: in any order; repetitions count once. None: everybody gets 401.
+        salt: secret. The version is readable on the ops port; with a salt it confirms no guess of a key.
 
     Returns:
-        The text. Its version is short on purpose: it is readable on the ops port, and 32 bits of a hash confirm
-        no guess of a key.
+        The text.
 
     Raises:
         InternalError: an id or a key has characters that a header cannot carry, or two clients have the same key
@@ -397,7 +398,7 @@ def api_keys_file(keys: Sequence[ClientKey]) -> str:
     content = _parsed(API_KEYS_FILE, {"credentials": credentials})
     if content["resources"][0]["typed_config"]["credentials"] != credentials:
         raise InternalError(f"{API_KEYS_FILE}: the parsed credentials are not those that were given")
-    return _text(content, digits=8)
+    return _text(content, salt)
 
 
 def revision(files: Mapping[str, str]) -> str:

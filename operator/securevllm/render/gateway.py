@@ -6,6 +6,7 @@ part of the pod template.
 
 from __future__ import annotations
 
+import base64
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
@@ -78,6 +79,11 @@ def model(
     )
 
 
+def generated_names(owner: Owner) -> tuple[str, ...]:
+    """Secrets that may have been generated, with this spec or with an earlier one."""
+    return tuple(owner.child(suffix) for suffix in (CLIENT_KEYS_SUFFIX, CA_SUFFIX, TLS_SUFFIX))
+
+
 def _entry(topology: Topology, tls: api.Tls) -> int:
     return topology.socket(Role.GATEWAY, "http" if tls.disabled is not None else "https").port
 
@@ -140,11 +146,10 @@ def config_map(owner: Owner, files: Mapping[str, str]) -> Object:
     return owner.object("v1", "ConfigMap", XDS_SUFFIX, ROLE, data=dict(files))
 
 
-def auth_secret(owner: Owner, keys: Sequence[envoy.ClientKey]) -> Object:
+def auth_secret(owner: Owner, keys_file: str) -> Object:
     """The client keys as Envoy reads them; without a key everything is refused."""
-    return owner.object(
-        "v1", "Secret", AUTH_SUFFIX, ROLE, type="Opaque", stringData={envoy.API_KEYS_FILE: envoy.api_keys_file(keys)}
-    )
+    data = {envoy.API_KEYS_FILE: base64.b64encode(keys_file.encode()).decode()}
+    return owner.object("v1", "Secret", AUTH_SUFFIX, ROLE, type="Opaque", data=data)
 
 
 def disruption_budget(owner: Owner, spec: api.Spec) -> Object | None:
@@ -227,6 +232,7 @@ def template(
         pod={
             "terminationGracePeriodSeconds": _DRAIN_SECONDS + _CACHE_SECONDS,
             "containers": [container],
+            **pods.pull_secrets(spec),
             "volumes": [{"name": name, **source} for name, source in volumes],
             "topologySpreadConstraints": [
                 {
@@ -252,12 +258,13 @@ def _secret_volume(name: str, keys: Sequence[str]) -> dict[str, Any]:
     return {"secret": {"secretName": name, "items": _items(keys), "defaultMode": 0o440}}
 
 
-def inputs(spec: api.Spec) -> Any:
-    """The part of the spec that the template depends on."""
-    dumped = spec.gateway.model_dump(mode="json", by_alias=True, exclude_defaults=True, include={"resources", "limits"})
-    tls = spec.gateway.tls
+def inputs(raw: Mapping[str, Any]) -> Any:
+    """What the template depends on; ``raw`` is ``spec`` as the user wrote it."""
+    gateway = raw.get("gateway", {})
+    tls = gateway.get("tls", {})
     return {
-        "gateway": dumped,
-        "tls": {"secretName": tls.secret_name, "disabled": tls.disabled is not None},
-        "authentication": spec.gateway.authentication.none is None,
+        "gateway": {name: gateway[name] for name in ("resources", "limits") if name in gateway},
+        "tls": {"secretName": tls.get("secretName"), "disabled": "disabled" in tls},
+        "authentication": "none" not in gateway.get("authentication", {}),
+        "imagePullSecrets": raw.get("imagePullSecrets", []),
     }

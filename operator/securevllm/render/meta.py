@@ -22,6 +22,18 @@ HASH_ANNOTATION = f"{api.GROUP}/rendered"
 RESTART_ANNOTATION = f"{api.GROUP}/restart-at"
 """A user writes it on the resource; the engines restart when it changes."""
 
+ENGINE_KEY_ANNOTATION = f"{api.GROUP}/engine-key"
+"""On engine pods: stands for the API key that they were started with."""
+
+REVISION_ANNOTATION = f"{api.GROUP}/revision"
+"""The nudge: a change of it on a gateway *pod* makes kubelet sync the pod's volumes now instead of within 80 s."""
+
+ISOLATION = "isolation"
+"""Component of policies, in conditions."""
+
+INSTANCE = "app.kubernetes.io/instance"
+COMPONENT = "app.kubernetes.io/component"
+
 SECRET_LABEL = f"{api.GROUP}/secret"
 """On every Secret that is watched: the operator's own, and those of users that want a change noticed at once."""
 
@@ -55,8 +67,8 @@ class Owner:
         """Labels of a child object (not of pods: no policy selects it)."""
         return {
             "app.kubernetes.io/name": "vllm",
-            "app.kubernetes.io/instance": self.name,
-            "app.kubernetes.io/component": component,
+            INSTANCE: self.name,
+            COMPONENT: component,
             MANAGED_BY: FIELD_MANAGER,
         }
 

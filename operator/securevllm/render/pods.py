@@ -100,9 +100,14 @@ def placement(spec: api.Spec) -> dict[str, Any]:
         "priorityClassName": engine.priority_class_name,
         "schedulerName": engine.scheduler_name,
         "runtimeClassName": engine.runtime_class_name,
-        "imagePullSecrets": [{"name": ref.name} for ref in spec.image_pull_secrets],
     }
-    return {name: value for name, value in fields.items() if value}
+    return {name: value for name, value in fields.items() if value} | pull_secrets(spec)
+
+
+def pull_secrets(spec: api.Spec) -> dict[str, Any]:
+    """What kubelet logs in to registries with; every pod's image may come from a private one."""
+    references = [{"name": ref.name} for ref in spec.image_pull_secrets]
+    return {"imagePullSecrets": references} if references else {}
 
 
 def _written(model: Model) -> dict[str, Any]:

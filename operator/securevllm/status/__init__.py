@@ -6,9 +6,20 @@ from collections.abc import Mapping
 from typing import Any
 
 from securevllm.status.conditions import Transition, merge, transitions
-from securevllm.status.facts import Facts, Fetch, Gateway, Workload, fetch, workload
+from securevllm.status.facts import Facts, Failure, Fetch, Gateway, Workload, fetch, workload
 
-__all__ = ["Facts", "Fetch", "Gateway", "Transition", "Workload", "fetch", "status", "transitions", "workload"]
+__all__ = [
+    "Facts",
+    "Failure",
+    "Fetch",
+    "Gateway",
+    "Transition",
+    "Workload",
+    "fetch",
+    "status",
+    "transitions",
+    "workload",
+]
 
 
 def status(facts: Facts, previous: Mapping[str, Any], now: str) -> dict[str, Any]:

@@ -46,15 +46,14 @@ def _spec_problems(facts: Facts) -> Verdict | None:
 # ------------------------------------------------------------------------------------------------------ EnginesReady
 
 
-def _failures_of(part: str) -> Check:
+def _failures_of(component: str) -> Check:
     def check(facts: Facts) -> Verdict | None:
-        mine = {name: why for name, why in facts.failures.items() if name.startswith(part)}
+        mine = sorted(failure for failure in facts.failures if failure.component == component)
         if not mine:
             return None
-        name, why = min(mine.items())
-        reason = "ForeignObject" if "belongs to" in why else "ApplyFailed"
+        first = mine[0]
         more = f" ({len(mine) - 1} more)" if len(mine) > 1 else ""
-        return _no(reason, f"{name.removeprefix(part)}: {why}{more}")
+        return _no(first.reason, f"{first.child}: {first.message}{more}")
 
     return check
 
@@ -63,13 +62,18 @@ def _suspended(facts: Facts) -> Verdict | None:
     return _no("Suspended", "spec.suspend is true: scaled to nothing, policies are kept.") if facts.suspended else None
 
 
+def _engine_secrets(facts: Facts) -> Verdict | None:
+    return _no("SecretMissing", " ".join(facts.unfetched)) if facts.unfetched else None
+
+
 def _fetching(facts: Facts) -> Verdict | None:
     fetch = facts.fetch
     if fetch is None or fetch.done:
         return None
     if fetch.failure:
         return _no("FetchFailed", f"The model could not be downloaded: {fetch.failure}")
-    return _no("FetchingModel", "The fetch Job downloads the model; engines start when it is complete.")
+    told = "The fetch Job downloads the model; engines start when it is complete."
+    return _no("FetchingModel", f"{told} {fetch.trouble}".rstrip())
 
 
 def _rollout(workload: Callable[[Facts], Workload | None], what: str) -> Check:
@@ -77,12 +81,14 @@ def _rollout(workload: Callable[[Facts], Workload | None], what: str) -> Check:
         state = workload(facts)
         if state is None:
             return _no("NotCreated", f"The {what} do not exist yet.")
-        if state.complete:
+        if state.complete and state.desired:
             return None
+        if state.complete:
+            return _no("ScaledToZero", f"0 {what} are asked for.")
         told = f"{state.ready} of {state.desired} {what} are ready, {state.updated} have the current template."
         if state.failure:
-            return _no("NotProgressing", f"{told} {state.failure}")
-        return _no("Progressing", told)
+            return _no("NotProgressing", f"{told} {state.failure} {state.trouble}".rstrip())
+        return _no("Progressing", f"{told} {state.trouble}".rstrip())
 
     return check
 
@@ -142,17 +148,6 @@ def _gateway_ready(facts: Facts) -> Verdict | None:
 # ---------------------------------------------------------------------------------------------------------- Isolated
 
 
-def _isolation_failed(facts: Facts) -> Verdict | None:
-    verdict = _failures_of("isolation/")(facts)
-    return None if verdict is None else _no("PolicyNotApplied", verdict.message)
-
-
-def _contested(facts: Facts) -> Verdict | None:
-    if not facts.contested:
-        return None
-    return _no("DriftContested", f"Somebody else keeps changing {', '.join(sorted(facts.contested))}.")
-
-
 def _not_measured(facts: Facts) -> Verdict | None:
     if facts.verification == "Disabled":
         told = "spec.security.verification.mode is Disabled: nothing is measured."
@@ -170,19 +165,20 @@ _CHECKS: Mapping[str, tuple[Check, ...]] = {
         lambda _: Verdict("True", "SpecAccepted", "The spec is valid and is what is reconciled."),
     ),
     "EnginesReady": (
-        _failures_of("isolation/"),
-        _failures_of("operator/"),  # what was accepted could not be kept: no workload is brought
-        _failures_of("engine/"),
-        _failures_of("fetch/"),
+        _failures_of("isolation"),
+        _failures_of("operator"),  # what was accepted could not be kept: no workload is brought
+        _failures_of("engine"),
+        _failures_of("fetch"),
         _suspended,
+        _engine_secrets,
         _fetching,
         _rollout(lambda facts: facts.engine, "engines"),
         _engines_ready,
     ),
     "GatewayReady": (
-        _failures_of("isolation/"),
-        _failures_of("operator/"),
-        _failures_of("gateway/"),
+        _failures_of("isolation"),
+        _failures_of("operator"),
+        _failures_of("gateway"),
         _suspended,
         _secrets_missing,
         _no_client_keys,
@@ -191,7 +187,7 @@ _CHECKS: Mapping[str, tuple[Check, ...]] = {
         _unconnected,
         _gateway_ready,
     ),
-    "Isolated": (_isolation_failed, _contested, _not_measured),
+    "Isolated": (_failures_of("isolation"), _not_measured),
 }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ class Workload:
         replicas: replicas that exist.
         observed: whether the controller has seen the current generation.
         failure: why it makes no progress, in the controller's words; empty when it does.
+        trouble: what keeps a pod of it from running, in kubelet's or the scheduler's words.
     """
 
     desired: int
@@ -29,6 +30,7 @@ class Workload:
     replicas: int = 0
     observed: bool = True
     failure: str = ""
+    trouble: str = ""
 
     @property
     def complete(self) -> bool:
@@ -38,11 +40,11 @@ class Workload:
 
 @dataclass(frozen=True)
 class Fetch:
-    """The download of the model."""
+    """The download of the model; ``trouble`` is what keeps its pod from running."""
 
     done: bool
     failure: str = ""
-    running: bool = False
+    trouble: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,6 +62,23 @@ class Gateway:
     unconnected: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, order=True)
+class Failure:
+    """A child that is not what it should be.
+
+    Attributes:
+        component: the part of the service that it belongs to; ``isolation`` for policies.
+        child: kind and name.
+        reason: CamelCase reason for conditions.
+        message: why.
+    """
+
+    component: str
+    child: str
+    reason: str
+    message: str
+
+
 @dataclass(frozen=True)
 class Facts:
     """Everything that the conditions are made of.
@@ -74,13 +93,13 @@ class Facts:
         gateway: the gateways; None when the Deployment does not exist.
         fetch: the download; None when there is nothing to download.
         served: read back from the gateways.
-        missing: Secrets that the spec names and that are not there, with what is missing.
+        missing: Secrets that the gateway needs and that are not there, with what is missing.
+        unfetched: Secrets that engines or the fetch Job need and that are not there, with what is missing.
         keys: what is wrong with the client keys.
         no_keys: not one client key is usable.
-        failures: objects that could not be brought to what they should be, by name, with the reason.
+        failures: children that could not be brought to what they should be.
         outdated: workloads that a newer operator would render differently.
         risks: what the spec gives up.
-        contested: objects that somebody else keeps changing.
         url: where clients find the gateway.
         selector: one pod per model replica.
         version: the vLLM version, as claimed by the image.
@@ -97,20 +116,39 @@ class Facts:
     fetch: Fetch | None = None
     served: Gateway = Gateway()
     missing: tuple[str, ...] = ()
+    unfetched: tuple[str, ...] = ()
     keys: tuple[str, ...] = ()
     no_keys: bool = False
-    failures: Mapping[str, str] = field(default_factory=dict)
+    failures: tuple[Failure, ...] = ()
     outdated: tuple[str, ...] = ()
     risks: tuple[str, ...] = ()
-    contested: tuple[str, ...] = ()
     url: str = ""
     selector: str = ""
     version: str = ""
     verification: str = "Report"
 
 
-def workload(deployment: Mapping[str, Any]) -> Workload:
-    """Read an apps/v1 Deployment."""
+_STARTING = frozenset({"ContainerCreating", "PodInitializing"})
+
+
+def trouble(pods: Iterable[Mapping[str, Any]]) -> str:
+    """What keeps the first of these pods from running; empty when nothing is said."""
+    for pod in sorted(pods, key=lambda pod: str(pod["metadata"]["name"])):
+        status = pod.get("status", {})
+        for condition in status.get("conditions", ()):
+            if condition["type"] == "PodScheduled" and condition["status"] == "False":
+                return f"{pod['metadata']['name']}: {condition.get('reason', '')}: {condition.get('message', '')}"
+        for container in (*status.get("initContainerStatuses", ()), *status.get("containerStatuses", ())):
+            waiting = container.get("state", {}).get("waiting", {})
+            if waiting.get("reason", "ContainerCreating") not in _STARTING:
+                return f"{pod['metadata']['name']}: {waiting['reason']}: {waiting.get('message', '')}".removesuffix(
+                    ": "
+                )
+    return ""
+
+
+def workload(deployment: Mapping[str, Any], pods: Iterable[Mapping[str, Any]] = ()) -> Workload:
+    """Read an apps/v1 Deployment and its pods."""
     status = deployment.get("status", {})
     failure = ""
     for condition in status.get("conditions", ()):
@@ -125,18 +163,18 @@ def workload(deployment: Mapping[str, Any]) -> Workload:
         replicas=status.get("replicas", 0),
         observed=status.get("observedGeneration", 0) >= deployment["metadata"].get("generation", 0),
         failure=failure,
+        trouble=trouble(pods),
     )
 
 
-def fetch(job: Mapping[str, Any] | None) -> Fetch:
-    """Read a batch/v1 Job."""
+def fetch(job: Mapping[str, Any] | None, pods: Iterable[Mapping[str, Any]] = ()) -> Fetch:
+    """Read a batch/v1 Job and its pods."""
     if job is None:
         return Fetch(done=False)
-    status = job.get("status", {})
-    held = {item["type"]: item for item in status.get("conditions", ()) if item["status"] == "True"}
+    held = {item["type"]: item for item in job.get("status", {}).get("conditions", ()) if item["status"] == "True"}
     failed = held.get("Failed")
     return Fetch(
         done="Complete" in held,
         failure=(failed.get("message") or failed.get("reason", "failed")) if failed else "",
-        running=bool(status.get("active")),
+        trouble=trouble(pods),
     )
