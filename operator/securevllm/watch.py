@@ -141,7 +141,9 @@ class Watcher(Generic[K]):
             try:
                 await self._list_all(first=False)
                 pause = self._resync
-            except Unavailable as error:
+            except ApiError as error:
+                # Not fatal when it is Forbidden: an API server that has just started does not know its RBAC rules yet.
+                # A right that is really gone ends the streams.
                 log.warning("resync failed", problem=str(error))
                 pause = min(_LONGEST_PAUSE, self._resync)
 
@@ -158,6 +160,8 @@ class Watcher(Generic[K]):
         try:
             listing = await self._client.list(kind, namespace, watched.label_selector)
         except (NotFound, Forbidden) as error:
+            if not first:
+                raise
             raise _unusable(kind.group, kind.plural, namespace, error) from error
         changes = self._store.replace(kind, namespace, listing)
         self._heard_of(kind)
