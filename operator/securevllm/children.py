@@ -112,15 +112,19 @@ def failed(obj: Object, error: ApiError | ForeignObject | Contested, component: 
         error: what happened.
         component: instead of the child's own.
     """
+    again = _RETRY_REFUSED
     if isinstance(error, ForeignObject):
-        reason, again = "ForeignObject", _RETRY_REFUSED
+        reason = "ForeignObject"
     elif isinstance(error, Contested):
-        reason, again = "DriftContested", error.pause
+        reason = "DriftContested"
+        again = error.pause
     elif error.reason == WAITING:
-        reason, again = WAITING, _RETRY
+        reason = WAITING
+        again = _RETRY
     else:
         reason = "ApplyFailed"
-        again = _RETRY if isinstance(error, Unavailable | Conflict) else _RETRY_REFUSED
+        if isinstance(error, Unavailable | Conflict):
+            again = _RETRY
     child = f"{obj['kind']} {obj['metadata']['name']}"
     log.warning("child not as it should be", child=child, reason=reason, error=str(error))
     component = component or obj["metadata"]["labels"].get(COMPONENT, "operator")

@@ -41,7 +41,7 @@ def _reasons(tree: ast.AST) -> Iterator[str]:
                 position, keyword = _CALLS[name]
                 values += node.args[position : position + 1]
                 values += [item.value for item in node.keywords if item.arg == keyword]
-            case ast.Assign(targets=[ast.Name(id="reason")]):
+            case ast.Assign(targets=[ast.Name(id="reason" | "WAITING")]):
                 values.append(node.value)
         for value in values:
             for part in (value.body, value.orelse) if isinstance(value, ast.IfExp) else (value,):
@@ -50,7 +50,7 @@ def _reasons(tree: ast.AST) -> Iterator[str]:
 
 
 def _reasons_of_code() -> set[str]:
-    files = [*(CODE / "api").glob("*.py"), *(CODE / "status").glob("*.py")]
+    files = [*(CODE / "api").glob("*.py"), *(CODE / "status").glob("*.py"), CODE / "children.py"]
     return {reason for path in files for reason in _reasons(ast.parse(path.read_text(encoding="utf-8")))}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
 import pytest
@@ -116,9 +117,13 @@ def test_a_certificate_of_the_user_is_mounted() -> None:
     assert volumes(made(tls={"secretName": "web"}))["tls"]["secret"]["secretName"] == "web"
 
 
+def decoded(obj: dict[str, Any]) -> list[bytes]:
+    return [base64.b64decode(value) for value in obj.get("data", {}).values()] if obj["kind"] == "Secret" else []
+
+
 def test_client_keys_are_in_the_secret_and_nowhere_else() -> None:
     found = made(keys=(KEY,))
-    holders = [obj["metadata"]["name"] for obj in found.objects() if KEY.key in str(obj)]
+    holders = [obj["metadata"]["name"] for obj in found.objects() if KEY.key in str(obj) + str(decoded(obj))]
     assert holders == ["llama-gateway-auth"]
     assert KEY.key not in repr(found.gateway_files)
     assert KEY.key not in repr(found).replace(repr(found.configuration), "")
