@@ -6,12 +6,13 @@ watcher that it does not use.
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import os
+import re
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -26,6 +27,80 @@ _OUTPUT = click.option(
     "-o", "--output", type=click.Choice(["yaml", "json"]), default="yaml", show_default=True, help="Output format."
 )
 _WRONG_INPUT = 2
+_LABEL = re.compile(r"([a-z0-9.-]+/)?[A-Za-z0-9._-]+=[A-Za-z0-9._-]*")
+
+
+def _context_options(command: Any) -> Any:
+    """What rendering has to know of the cluster: the same words for `run` and for `render`."""
+    options = (
+        click.option(
+            "--operator-namespace",
+            envvar="POD_NAMESPACE",
+            default="secure-vllm-operator",
+            show_default=True,
+            help="Where the operator itself runs: its pods may ask the gateways what they serve.",
+        ),
+        click.option("--cluster-domain", default="cluster.local", show_default=True, help="Suffix of service names."),
+        click.option(
+            "--cluster-range", multiple=True, help="Pod, service or node range, carved out of every egress; repeatable."
+        ),
+        click.option("--dns-namespace", default="kube-system", show_default=True, help="Where the DNS servers run."),
+        click.option(
+            "--dns-pods",
+            default="k8s-app=kube-dns",
+            show_default=True,
+            help="Label of their pods (OpenShift: dns.operator.openshift.io/daemonset-dns=default).",
+        ),
+        click.option(
+            "--dns-cidr",
+            multiple=True,
+            help="Address of DNS servers that are no pods (NodeLocal DNSCache: 169.254.20.10/32); repeatable.",
+        ),
+        click.option(
+            "--dns-port", default=53, show_default=True, help="Port on which they listen, after DNAT (OpenShift: 5353)."
+        ),
+        click.option("--gateway-image", envvar="SECUREVLLM_GATEWAY_IMAGE", help="Envoy image of the gateways."),
+    )
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def _context(
+    *,
+    operator_namespace: str,
+    cluster_domain: str,
+    cluster_range: tuple[str, ...],
+    dns_namespace: str,
+    dns_pods: str,
+    dns_cidr: tuple[str, ...],
+    dns_port: int,
+    gateway_image: str | None,
+) -> Any:
+    from securevllm.context import CidrPeer, Context, PodPeer, Selector, namespace  # noqa: PLC0415 - see above
+
+    if _LABEL.fullmatch(dns_pods) is None:
+        _wrong(f"--dns-pods {dns_pods!r} is not a label such as k8s-app=kube-dns")
+    for cidr in (*cluster_range, *dns_cidr):
+        try:
+            ipaddress.ip_network(cidr)
+        except ValueError as error:
+            _wrong(f"{error}: write a network such as 10.96.0.0/12")
+    key, _, value = dns_pods.partition("=")
+    default = Context()
+    return Context(
+        operator=PodPeer(namespaces=namespace(operator_namespace), pods=default.operator.pods),
+        cluster_domain=cluster_domain,
+        dns=(
+            PodPeer(namespaces=namespace(dns_namespace), pods=Selector(labels=((key, value),))),
+            *(CidrPeer(cidr) for cidr in dns_cidr),
+        ),
+        dns_port=dns_port,
+        cluster_ranges=cluster_range,
+        gateway_image=gateway_image or default.gateway_image,
+    )
+
+
 _NO_UID = "00000000-0000-0000-0000-000000000000"
 
 
@@ -60,9 +135,9 @@ def crd(output: str) -> None:
 @click.option("-f", "--filename", type=click.File("r"), required=True, help="Manifest with resources; - is stdin.")
 @click.option("-n", "--namespace", default="default", show_default=True, help="For resources that name none.")
 @click.option("--uid", default=_NO_UID, show_default=True, help="UID of the resource: part of the pods' labels.")
-@click.option("--cluster-domain", default="cluster.local", show_default=True, help="Suffix of service names.")
+@_context_options
 @_OUTPUT
-def render(filename: TextIO, namespace: str, uid: str, cluster_domain: str, output: str) -> None:
+def render(filename: TextIO, namespace: str, uid: str, output: str, **cluster: Any) -> None:
     r"""Print every object that the operator would apply, without a cluster.
 
     \b
@@ -70,9 +145,7 @@ def render(filename: TextIO, namespace: str, uid: str, cluster_domain: str, outp
         securevllm render -f manifests/samples/quickstart.yaml
         cat my.yaml | securevllm render -f - -o json | jq .kind
     """
-    from securevllm.context import Context  # noqa: PLC0415 - see the module's docstring
-
-    context = replace(Context(), cluster_domain=cluster_domain)
+    context = _context(**cluster)
     printed: list[dict[str, Any]] = []
     failed = False
     for document in _resources(filename):
@@ -93,13 +166,14 @@ def _rendered(document: dict[str, Any], namespace: str, uid: str, context: Any) 
     from securevllm.api.parse import parse  # noqa: PLC0415 - see the module's docstring
     from securevllm.render import Observed, fetch  # noqa: PLC0415 - see the module's docstring
     from securevllm.render import render as render_resource  # noqa: PLC0415 - see the module's docstring
-    from securevllm.render.meta import Owner  # noqa: PLC0415 - see the module's docstring
+    from securevllm.render.meta import RESTART_ANNOTATION, Owner  # noqa: PLC0415 - see the module's docstring
 
     metadata = document.get("metadata") or {}
     owner = Owner(str(metadata.get("name", "")), namespace, uid)
     accepted = parse(owner.name, document.get("spec") or {})
     fetched = frozenset([fetch.job_name(owner, accepted.spec)])
-    rendered = render_resource(owner, accepted, context, Observed(fetched=fetched))
+    restart_at = str((metadata.get("annotations") or {}).get(RESTART_ANNOTATION, ""))
+    rendered = render_resource(owner, accepted, context, Observed(fetched=fetched, restart_at=restart_at))
     yield rendered.deny
     yield from rendered.isolation
     yield from (item.object for item in rendered.generated)
@@ -160,13 +234,6 @@ _Dumper.add_representer(str, _text)
     help="Watch this namespace only; a Role is enough. Default: all namespaces.",
 )
 @click.option(
-    "--operator-namespace",
-    envvar="POD_NAMESPACE",
-    default="secure-vllm-operator",
-    show_default=True,
-    help="Where the operator itself runs; its Lease is there.",
-)
-@click.option(
     "--identity",
     envvar="POD_NAME",
     default=None,
@@ -180,41 +247,28 @@ _Dumper.add_representer(str, _text)
 @click.option("--http-host", default="0.0.0.0", show_default=True, help="Address of health and metrics.")  # noqa: S104
 @click.option("--http-port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Their port.")
 @click.option("--workers", default=8, show_default=True, type=click.IntRange(1, 64), help="Resources at once.")
-@click.option("--cluster-domain", default="cluster.local", show_default=True, help="Suffix of service names.")
-@click.option(
-    "--cluster-range", multiple=True, help="Pod, service or node range, carved out of every egress; repeatable."
-)
-@click.option(
-    "--dns-port", default=53, show_default=True, help="Port on which the DNS servers listen (5353: OpenShift)."
-)
-@click.option("--gateway-image", envvar="SECUREVLLM_GATEWAY_IMAGE", help="Envoy image of the gateways.")
+@_context_options
 @click.option("--resync", default=600.0, show_default=True, help="Seconds between two full lists.")
 @click.option("--log-format", type=click.Choice(["json", "console"]), default="json", show_default=True)
 @click.option("--log-level", type=click.Choice(["DEBUG", "INFO", "WARNING"]), default="INFO", show_default=True)
 def run(  # noqa: PLR0917 - click gives one argument per option
     watch_namespace: str | None,
-    operator_namespace: str,
     identity: str | None,
     kubeconfig: Path | None,
     http_host: str,
     http_port: int,
     workers: int,
-    cluster_domain: str,
-    cluster_range: tuple[str, ...],
-    dns_port: int,
-    gateway_image: str | None,
     resync: float,
     log_format: Any,
     log_level: str,
+    **cluster: Any,
 ) -> None:
     """Run the operator until SIGTERM. Exit code 0: asked to stop; 1: it failed, or another one leads."""
-    from securevllm.context import Context, PodPeer, namespace  # noqa: PLC0415 - see the module's docstring
     from securevllm.operator import run as run_operator  # noqa: PLC0415 - see the module's docstring
     from securevllm.settings import Settings  # noqa: PLC0415 - see the module's docstring
 
-    default = Context()
     settings = Settings(
-        namespace=operator_namespace,
+        namespace=cluster["operator_namespace"],
         identity=identity or f"{socket.gethostname()}-{os.getpid()}",
         watch_namespace=watch_namespace,
         kubeconfig=kubeconfig,
@@ -224,14 +278,7 @@ def run(  # noqa: PLR0917 - click gives one argument per option
         log_format=log_format,
         log_level=log_level,
         resync_seconds=resync,
-        context=replace(
-            default,
-            operator=PodPeer(namespaces=namespace(operator_namespace), pods=default.operator.pods),
-            cluster_domain=cluster_domain,
-            cluster_ranges=cluster_range,
-            dns_port=dns_port,
-            gateway_image=gateway_image or default.gateway_image,
-        ),
+        context=_context(**cluster),
     )
     try:
         run_operator(settings)

@@ -131,31 +131,12 @@ async def _main(settings: Settings) -> None:
     logger.info("starting", version=__version__, identity=settings.identity, namespace=settings.watch_namespace or "*")
     async with AsyncExitStack() as stack:
         process = await stack.enter_async_context(_Process.started(settings))
-        if await _until(stop, process.elector.acquire()):
+        if await process.until(stop, process.elector.acquire()):
             return
-        await _until(stop, process.lead())
+        await process.until(stop, process.lead())
         logger.info("stopping")
         await process.finish()
     logger.info("stopped")
-
-
-async def _until(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
-    """Work until it is done or a stop is asked for; whether it was asked for."""
-    task, asked = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
-    try:
-        await asyncio.wait([task, asked], return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            await task
-            return False
-        return True
-    finally:
-        asked.cancel()
-        if not task.done():
-            _unfinished.add(task)
-
-
-_unfinished: set[asyncio.Future[None]] = set()
-"""Work that a stop has interrupted: ``finish`` ends it in order, after the reconciles."""
 
 
 class _Process:
@@ -171,6 +152,7 @@ class _Process:
     ) -> None:
         self.elector = elector
         self._settings = settings
+        self._interrupted: list[asyncio.Future[None]] = []
         self.store = Store(
             WATCHED,
             namespaces=[settings.watch_namespace] if settings.watch_namespace else [],
@@ -264,12 +246,28 @@ class _Process:
             await asyncio.sleep(0.01)
         await self.queue.run(self._settings.workers)
 
+    async def until(self, stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
+        """Work until it is done or a stop is asked for; whether it was asked for.
+
+        What a stop interrupts goes on until ``finish`` ends it, after the reconciles.
+        """
+        task, asked = asyncio.ensure_future(work), asyncio.ensure_future(stop.wait())
+        try:
+            await asyncio.wait([task, asked], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            asked.cancel()
+        if task.done():
+            await task
+            return False
+        self._interrupted.append(task)
+        return True
+
     async def finish(self) -> None:
         """Let running reconciles end, then hand over the Lease."""
         await self.queue.shutdown(_FINISH_SECONDS)
-        for task in _unfinished:
+        for task in self._interrupted:
             task.cancel()
-        await asyncio.gather(*_unfinished, return_exceptions=True)
+        await asyncio.gather(*self._interrupted, return_exceptions=True)
         await self.elector.release()
 
 
