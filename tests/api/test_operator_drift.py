@@ -148,7 +148,6 @@ EDITS = (
     Edit(SECRET, "gateway-auth", "data", {"extra": "eA=="}),
     Edit(SECRET, "gateway-auth", "data", {"api_keys.yaml": "e30="}),
     Edit(SERVICE_ACCOUNT, "engine", "automountServiceAccountToken", True),
-    Edit(SERVICE_ACCOUNT, "engine", "imagePullSecrets", [{"name": "other"}]),
     Edit(SERVICE_ACCOUNT, "gateway", "metadata.annotations", {"eks.amazonaws.com/role-arn": "arn:aws:iam::1:role/x"}),
     Edit(POD_DISRUPTION_BUDGET, "gateway", "spec.maxUnavailable", "100%"),
     Edit(POD_DISRUPTION_BUDGET, "gateway", "spec.unhealthyPodEvictionPolicy", "AlwaysAllow"),
@@ -299,6 +298,27 @@ def test_a_rollout_restart_is_respected(cluster: Cluster, kube: Kube, namespace:
     consistently(restarted, 1)
 
 
+def test_what_controllers_of_the_platform_note_in_a_child_stays(kube: Kube, namespace: str) -> None:
+    settled(kube, Ref.of(kube.create(resource(namespace))))
+    notes = (
+        Edit(SERVICE_ACCOUNT, "engine", "imagePullSecrets", [{"name": "registry"}]),  # OpenShift
+        Edit(SERVICE, "gateway", "metadata.annotations", {"metallb.io/ip-allocated-from-pool": "one"}),
+        Edit(SERVICE, "gateway", "metadata.finalizers", ["service.kubernetes.io/load-balancer-cleanup"]),
+    )
+    noted = {}
+    for note in notes:
+        ref = note.ref(namespace)
+        noted[ref] = kube.apply(note.alone(kube.get(ref)), OTHER)
+    consistently(lambda: all(bare(kube.get(ref)) == bare(obj) for ref, obj in noted.items()), 1)
+
+    # Also when drift is repaired in the same object.
+    drift = Edit(SERVICE, "gateway", "metadata.annotations", {"extra": "annotation"})
+    service = drift.ref(namespace)
+    edit_by_hand(kube, service, drift)
+    eventually(is_repaired(kube, service, noted[service]))
+    kube.patch(service, {"metadata": {"finalizers": None}})
+
+
 @pytest.mark.parametrize(
     "fought",
     [
@@ -322,7 +342,7 @@ def test_a_fight_over_a_child_is_told_and_does_not_become_a_storm(
     fighter = threading.Thread(target=fight)
     fighter.start()
     try:
-        found = await_condition(kube, ref, "Isolated", "False", reason="DriftContested")
+        found = await_condition(kube, ref, "GatewayReady", "False", reason="DriftContested")
         time.sleep(3)
     finally:
         stop.set()
