@@ -35,7 +35,6 @@ _EXTENSIONS = frozenset(
         "x-kubernetes-list-map-keys",
         "x-kubernetes-list-type",
         "x-kubernetes-map-type",
-        "x-kubernetes-preserve-unknown-fields",
         "x-kubernetes-validations",
     }
 )
@@ -260,11 +259,9 @@ def _object(node: _Schema, defs: Mapping[str, Any], path: str, seen: tuple[str, 
         return out
     _bounded(node, "maxProperties", path)
     out.update(_copy(node, "minProperties", "maxProperties"))
-    if node.get("x-kubernetes-preserve-unknown-fields"):
-        return {**out, "x-kubernetes-preserve-unknown-fields": True}
     values = node.get("additionalProperties")
     if not isinstance(values, dict):
-        raise InternalError(f"{path}: a map of anything needs x-kubernetes-preserve-unknown-fields")
+        raise InternalError(f"{path}: a map of anything cannot be judged; give its values a type")
     out["additionalProperties"] = _structural(values, defs, f"{path}.*", seen)
     if names:
         out["x-kubernetes-validations"] = [_key_rule(names, path)]
