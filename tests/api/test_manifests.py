@@ -76,6 +76,7 @@ def test_rights_end_where_the_installation_says(installed: tuple[str, Cluster]) 
         ("patch", "securevllmdeployments.securevllm.io", ""),
         ("create", "pods", ""),
         ("delete", "pods", ""),
+        ("delete", "persistentvolumeclaims", ""),
         ("create", "pods", "exec"),
         ("create", "serviceaccounts", "token"),
         ("create", "roles.rbac.authorization.k8s.io", ""),
