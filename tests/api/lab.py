@@ -173,7 +173,7 @@ def differences(kube: Kube, namespace: str) -> list[str]:
         rendered = expected(kube, resource)
         wanted = {Ref.of(obj): obj for obj in rendered.objects()}
         generated = {Ref.of(item.object) for item in rendered.generated}
-        known |= {*wanted, *generated}
+        known |= {*wanted, *generated, *lasting(resource)}
         told += [f"{ref} is missing" for ref in {*wanted, *generated} - {*live}]
         for ref in {*wanted} & {*live}:
             if not covers(wanted[ref], live[ref]):
@@ -181,6 +181,14 @@ def differences(kube: Kube, namespace: str) -> list[str]:
             told += [f"{ref} has {path} beside what is rendered" for path in additions(wanted[ref], live[ref])]
     told += [f"{ref} is not rendered" for ref in {*live} - known]
     return sorted(told)
+
+
+def lasting(resource: KubeObject) -> set[Ref]:
+    """Weights and keys that may be there although the spec does not ask for them any more: no edit throws them away."""
+    metadata = resource["metadata"]
+    owner = Owner(metadata["name"], metadata["namespace"], metadata["uid"])
+    secrets = {Ref(kinds.SECRET, owner.namespace, name) for name in gateway.generated_names(owner)}
+    return secrets | {Ref(kinds.PERSISTENT_VOLUME_CLAIM, owner.namespace, owner.child("model"))}
 
 
 def as_rendered(kube: Kube, namespace: str) -> bool:

@@ -160,7 +160,7 @@ def live_through_everything(kube: Kube, namespace: str) -> None:
     await_condition(kube, llama, "GatewayReady", "True", seconds=60)
     reason = "I accept requests without a key in this test."
     kube.patch(llama, {"spec": {"gateway": {"authentication": {"none": reason}}}})
-    eventually(lambda: kube.find(Ref.of(secret)) is None)
+    eventually(lambda: kube.find(Ref(kinds.SECRET, namespace, "llama-gateway-auth")) is None, 60)
     eventually(lambda: as_rendered(kube, namespace), 30)
 
     kube.delete(llama)
