@@ -340,4 +340,6 @@ def _append(path: Path, text: str) -> None:
 
 
 if __name__ == "__main__":
+    # Tiers lead process groups of their own: a runner that just died would leave them running.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))
