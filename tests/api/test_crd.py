@@ -405,6 +405,7 @@ STRICTER: dict[tuple[str, str], str] = {
     ("InvalidSpec", r"'\.\.' is not allowed"): "RE2 has no look-around",
     ("InvalidSpec", "a hub knows models as owner/name"): "depends on the source",
     ("StorageNotShared", "replicas on several nodes cannot mount"): "depends on source, storage and replicas",
+    ("InvalidSpec", "it has no effect beside"): "depends on the source, and on what was said at all",
     ("PortConflict", "would listen on the same port"): "absent ports have defaults of the catalogue",
 }
 
@@ -419,7 +420,8 @@ BEYOND: list[dict[str, Any]] = [
     {"engine": {"resources": {"limits": {"nvidia.com/gpu": 1, "amd.com/gpu": 1}}}},
     {"gateway": {"routes": {"allow": [{"method": "POST", "path": "/pause"}]}}},
     {"model": {"source": {"huggingFace": None, "persistentVolumeClaim": {"claimName": "a", "path": "a/../b"}}}},
-    {"ports": {"api": 29501}},
+    {"ports": {"api": 29501, "torchDistributed": 29501}},
+    {"model": {"revision": "main", "source": {"huggingFace": None, "persistentVolumeClaim": {"claimName": "a"}}}},
     {"gateway": {"clients": {"cidrs": ["::ffff:1.2.3.0/120"]}}},
     *({"engine": {"sharedMemory": size}} for size in ("99E", "0.5n")),
     *(patch for pair in RULES.values() for patch in pair if isinstance(patch, dict)),

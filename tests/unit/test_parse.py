@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime as dt
 from typing import Any
 
 import pytest
@@ -201,8 +202,43 @@ REFUSED: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
     ("long name", {"name": "a" * 41}, "metadata.name", "NameTooLong", ("40", "shorter")),
     ("digit first", {"name": "1a"}, "metadata.name", "InvalidSpec", ("'1a'", "letter")),
     ("dotted name", {"name": "a.b"}, "metadata.name", "InvalidSpec", ("'a.b'",)),
-    ("port taken", {"ports": {"api": 29501}}, "spec.ports.api", "PortConflict", ("api and torchDistributed", "29501")),
-    ("two ports", {"ports": {"kvEvents": 7000, "api": 7000}}, "spec.ports.api", "PortConflict", ("api and kvEvents",)),
+    (
+        "revision of a claim",
+        {"model": {"name": "a", "revision": "main", "source": {"persistentVolumeClaim": {"claimName": "a"}}}},
+        "spec.model.revision",
+        "InvalidSpec",
+        ("no effect beside this source",),
+    ),
+    (
+        "size of another's claim",
+        {"model": {"name": "a/b", "source": {"huggingFace": {"storage": {"claimName": "x", "size": "1Gi"}}}}},
+        "spec.model.source.huggingFace.storage.size",
+        "InvalidSpec",
+        ("no effect beside claimName",),
+    ),
+    (
+        "names for another's certificate",
+        gateway(tls={"secretName": "x", "hostnames": ["a.example"]}),
+        "spec.gateway.tls.hostnames",
+        "InvalidSpec",
+        ("no effect beside secretName",),
+    ),
+    ("pre-release", {"image": "vllm/vllm-openai:v0.33.0-rc1"}, "spec.image", "VersionUnreadable", ("release tag",)),
+    (
+        "assumption over an old tag",
+        {"image": "vllm/vllm-openai:v0.9.0", "vllmVersion": {"assume": "0.33.0"}},
+        "spec.vllmVersion.assume",
+        "VersionBelowFloor",
+        ("0.9.0",),
+    ),
+    ("port that nobody opens", {"ports": {"kvEvents": 7000}}, "spec.ports.kvEvents", "NotSupportedYet", ("no pod",)),
+    (
+        "interval of nothing",
+        {"security": {"verification": {"interval": "5m"}}},
+        "spec.security.verification.interval",
+        "NotSupportedYet",
+        ("not measured",),
+    ),
     ("privileged port", {"ports": {"api": 80}}, "spec.ports.api", "InvalidSpec", ("1024",)),
     (
         "unknown route",
@@ -380,6 +416,28 @@ REFUSED: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
 ]
 
 
+def test_a_port_used_twice_is_told_beside_the_rest() -> None:
+    found = {str(problem) for problem in problems(ports={"kvEvents": 7000, "api": 7000})}
+    assert any("api and kvEvents would listen on the same port" in text and "'7000'" in text for text in found)
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ({"vllmVersion": {"assume": "0.33.0"}}, "vllmVersion.assume"),
+        ({"security": {"media": {"allowRedirects": True}}}, "allowRedirects"),
+        (gateway(clients={"cidrs": ["0.0.0.0/0"]}), "every address"),
+        (gateway(clients={"namespaceSelector": {}}), "every namespace"),
+    ],
+)
+def test_what_is_given_up_without_words_is_said_for_the_user(spec: dict[str, Any], told: str) -> None:
+    assert told in " ".join(accepted(**spec).risks)
+
+
+def test_a_date_of_yaml_is_wrong_and_no_crash() -> None:
+    assert problems(image=dt.date(2026, 1, 1))[0].reason == "VersionUnreadable"
+
+
 @pytest.mark.parametrize(
     ("spec", "field", "reason", "told"), [row[1:] for row in REFUSED], ids=[row[0] for row in REFUSED]
 )
@@ -392,7 +450,9 @@ def test_refused(spec: dict[str, Any], field: str, reason: str, told: tuple[str,
 
 
 def test_every_reason_is_tried() -> None:
-    reasons = {row[3] for row in REFUSED}
+    reasons = {row[3] for row in REFUSED} | {
+        problem.reason for problem in problems(ports={"kvEvents": 7000, "api": 7000})
+    }
     assert reasons == {
         "AnnotationRefused", "ArgumentRefused", "ClientsRequired", "EgressRefused", "InvalidSpec", "LabelRefused",
         "ModelSourceMissing", "NameTooLong", "NotSupportedYet", "PortConflict", "ResourceRefused", "RouteForbidden",

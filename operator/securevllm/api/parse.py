@@ -17,12 +17,14 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from pydantic import TypeAdapter, ValidationError
+from pydantic.alias_generators import to_camel
 
 from securevllm import catalogue
 from securevllm.api import guard
 from securevllm.api import types as api
 from securevllm.api.addresses import IPV4_MAPPED, is_public
 from securevllm.api.applicable import unapplicable
+from securevllm.api.placement import LabelSelector
 from securevllm.api.schema import size_problems
 from securevllm.api.units import LARGEST, quantity
 from securevllm.errors import Problem, SpecError
@@ -91,7 +93,7 @@ def parse_accepted(raw: dict[str, Any]) -> Accepted | None:
 
 
 def _read(raw: dict[str, Any]) -> api.Spec:
-    return _SPEC.validate_json(json.dumps(raw), strict=True, by_alias=True, by_name=False)
+    return _SPEC.validate_json(json.dumps(raw, default=str), strict=True, by_alias=True, by_name=False)
 
 
 def _schema_problems(error: ValidationError) -> list[Problem]:
@@ -116,18 +118,22 @@ def version_of(spec: api.Spec) -> catalogue.Version | Problem:
     """The vLLM version, said in words or read from the image's tag."""
     if spec.vllm_version is not None:
         return catalogue.Version.parse(spec.vllm_version.assume)
+    return _tagged(spec) or Problem(
+        "spec.image",
+        "VersionUnreadable",
+        "the tag does not say which vLLM version this is, and the routes depend on it",
+        f"Use a release tag such as vllm/vllm-openai:v{catalogue.newest()}, or say it:"
+        f" vllmVersion: {{assume: {catalogue.newest()}}}.",
+        spec.image,
+    )
+
+
+def _tagged(spec: api.Spec) -> catalogue.Version | None:
     match = _TAG.search(spec.image)
     try:
-        return catalogue.Version.parse(match["tag"] if match else "")
+        return catalogue.Version.parse(match["tag"]) if match else None
     except ValueError:
-        return Problem(
-            "spec.image",
-            "VersionUnreadable",
-            "the tag does not say which vLLM version this is, and the routes depend on it",
-            f"Use a release tag such as vllm/vllm-openai:v{catalogue.newest()}, or say it:"
-            f" vllmVersion: {{assume: {catalogue.newest()}}}.",
-            spec.image,
-        )
+        return None
 
 
 # ------------------------------------------------------------------------------------------- checks of the spec alone
@@ -150,6 +156,10 @@ def _name_problems(name: str) -> Iterator[Problem]:
             "Use a name such as llama.",
             name,
         )
+
+
+_OPEN_PORT = "api"
+"""The one port of an engine that is a pod of its own (catalogue/data/sockets.toml, ``when = "single"``)."""
 
 
 def _not_supported(spec: api.Spec) -> Iterator[Problem]:
@@ -176,6 +186,15 @@ def _not_supported(spec: api.Spec) -> Iterator[Problem]:
             "spec.security.verification.mode",
             security.verification.mode == "Enforce",
             "use Report: isolation is not measured yet",
+        ),
+        (
+            "spec.security.verification.interval",
+            "interval" in security.verification.model_fields_set,
+            "leave it out: isolation is not measured yet",
+        ),
+        *(
+            (f"spec.ports.{name}", name != _OPEN_PORT, "leave it out: no pod of this release opens it")
+            for name in spec.ports.model_dump(by_alias=True, exclude_none=True)
         ),
     ]
     for field, asked, instead in later:
@@ -349,8 +368,8 @@ def _exclusive(spec: api.Spec) -> Iterator[Problem]:
 
 def _ports(spec: api.Spec) -> Iterator[Problem]:
     """Two sockets that meet on a pod need two ports."""
-    rows = {row.spec: row.port for row in catalogue.sockets().values()}
-    chosen = dict(spec.ports.model_dump(by_alias=True, exclude_none=True).items())
+    rows = {row.spec: row.port for row in catalogue.sockets().values() if row.spec == _OPEN_PORT}
+    chosen = spec.ports.model_dump(by_alias=True, exclude_none=True)
     ports = rows | chosen
     for port, count in Counter(ports.values()).items():
         if count > 1:
@@ -362,6 +381,24 @@ def _ports(spec: api.Spec) -> Iterator[Problem]:
                 "Choose another port for one of them.",
                 str(port),
             )
+
+
+def _without_effect(spec: api.Spec) -> Iterator[Problem]:
+    """A field that would be ignored is a misunderstanding."""
+    hub = spec.model.source.hugging_face if spec.model.source is not None else None
+    beside: list[tuple[str, bool, str]] = []
+    if hub is not None and hub.storage.claim_name is not None:
+        given = hub.storage.model_fields_set - {"claim_name", "access_modes"}
+        beside += [
+            (f"spec.model.source.huggingFace.storage.{name}", True, "claimName")
+            for name in map(to_camel, sorted(given))
+        ]
+    tls = spec.gateway.tls
+    beside.append(("spec.gateway.tls.hostnames", bool(tls.hostnames and tls.secret_name), "secretName"))
+    beside.append(("spec.model.revision", spec.model.revision is not None and hub is None, "this source"))
+    for field, given_both, other in beside:
+        if given_both:
+            yield Problem(field, "InvalidSpec", f"it has no effect beside {other}", "Remove one of the two.")
 
 
 def _clients(spec: api.Spec) -> Iterator[Problem]:
@@ -427,6 +464,7 @@ _CHECKS: tuple[Callable[[api.Spec], Iterator[Problem]], ...] = (
     _exclusive,
     unapplicable,
     _ports,
+    _without_effect,
     _clients,
     _egress,
     _arguments,
@@ -447,6 +485,8 @@ def _version(spec: api.Spec, version: catalogue.Version) -> Iterator[Problem]:
             str(version),
         )
     accepted = any(item.risk == "vllmVersionBelowFloor" for item in spec.security.accept)
+    # What the tag says counts as well: an assumption is about routes, not about holes.
+    version = min(version, _tagged(spec) or version)
     if version < catalogue.floor() and not accepted:
         yield Problem(
             field,
@@ -495,3 +535,12 @@ def _risks(spec: api.Spec) -> Iterator[str]:
         yield f"{acceptance.risk}: {acceptance.why}"
     for entry in spec.security.egress:
         yield f"security.egress: {entry.why}"
+    if spec.vllm_version is not None:
+        yield f"vllmVersion.assume: the routes are those of {spec.vllm_version.assume}, whatever the image holds"
+    if spec.security.media.allow_redirects:
+        yield "security.media.allowRedirects: a redirect leads past the allowed domains"
+    clients = spec.gateway.clients
+    if clients is not None and any(ipaddress.ip_network(cidr).prefixlen == 0 for cidr in clients.cidrs):
+        yield "gateway.clients.cidrs: every address may connect"
+    if clients is not None and clients.namespace_selector == LabelSelector():
+        yield "gateway.clients.namespaceSelector: pods of every namespace may connect"

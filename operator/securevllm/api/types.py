@@ -299,8 +299,8 @@ class EnvVar(Model):
     name: Annotated[str, Field(max_length=128, pattern=r"^[A-Z_][A-Z0-9_]*$")] = Field(
         description="Name of the variable; one of the allowlist."
     )
-    value: Annotated[str, Field(max_length=1024, pattern=r"^[^$]*$")] = Field(
-        description="Plain text; no $ (Kubernetes would expand it)."
+    value: Annotated[str, Field(max_length=1024, pattern=r"^[^$\x00-\x1f\x7f]*$")] = Field(
+        description="Plain text on one line; no $ (Kubernetes would expand it)."
     )
 
 

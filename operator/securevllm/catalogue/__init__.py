@@ -13,7 +13,10 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-_VERSION = re.compile(r"v?(\d{1,4})\.(\d{1,4})(?:\.(\d{1,4}))?(?:\.post\d+)?(?:[-+][0-9A-Za-z.-]+)?", re.ASCII)
+_VERSION = re.compile(
+    r"v?(\d{1,4})\.(\d{1,4})(?:\.(\d{1,4}))?(?:\.post\d+)?(?:[-+](?!rc|alpha|beta|dev|nightly)[0-9A-Za-z.-]+)?",
+    re.ASCII,
+)
 
 WEBSOCKET = "WEBSOCKET"
 """Method of a row that is a WebSocket and not an HTTP route."""
@@ -21,7 +24,7 @@ WEBSOCKET = "WEBSOCKET"
 
 @dataclass(frozen=True, order=True)
 class Version:
-    """A vLLM release; ordered. A build suffix (``-cu130``, ``+cpu``) does not count."""
+    """A vLLM release; ordered. A build suffix (``-cu130``, ``+cpu``) does not count; a pre-release is no release."""
 
     major: int
     minor: int
