@@ -58,7 +58,7 @@ def test_all_profiles_open_nothing_that_is_never_open() -> None:
 
 
 def test_routes_that_a_version_lacks_are_not_rendered() -> None:
-    old = {"image": "v:v0.17.0", "security": {"accept": [{"risk": "vllmVersionBelowFloor", "why": "for this test"}]}}
+    old = {"image": "v:v0.16.0", "security": {"accept": [{"risk": "vllmVersionBelowFloor", "why": "for this test"}]}}
     judged = parse("llama", {**FINE, **old, "gateway": {"routes": {"profiles": ["messages"]}}})
     assert "POST /v1/messages/count_tokens" not in {r.name for r in allowed_routes(judged.spec, judged.version)}
     assert "POST /v1/messages/count_tokens" in routes(profiles=["messages"])

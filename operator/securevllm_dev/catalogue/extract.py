@@ -31,6 +31,8 @@ def extract(path: Path, dependencies: Iterable[Path] = ()) -> Findings:
         other = read(dependency)
         if not any(name.startswith(_ADDS_ROUTES) for name in other.files):
             raise SourceError(f"{dependency.name}: not {_ADDS_ROUTES}: it has no such package")
+        if not any(_ADDS_ROUTES.encode() in data for data in source.files.values()):
+            raise SourceError(f"{path.name}: this vLLM does not use {_ADDS_ROUTES}: leave --with out")
         source.files.update(other.files)
         source.problems += other.problems
     return findings(source)

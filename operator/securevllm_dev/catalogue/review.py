@@ -11,33 +11,52 @@ from fnmatch import fnmatch
 from importlib import resources
 
 from securevllm import catalogue
-from securevllm_dev.catalogue.findings import API, Findings, Route, Unreadable
+from securevllm_dev.catalogue.findings import API, MOUNT, Findings, Route, Unreadable
+
+_Known = dict[tuple[str, str], catalogue.Route]
 
 
 @dataclass(frozen=True)
 class Reviewed:
-    """Judgements of people about what is no row of the operator's own catalogue (`reviewed.toml`)."""
+    """Judgements of people: `reviewed.toml`, and the dangers that ship with the catalogue.
 
+    Attributes:
+        open: rows with method, path, until (a version) and why: routes without a key in older versions.
+        servers: file that makes another HTTP server than the API's, to why its routes are no concern of the gateway.
+        unreadable: rows with kind, file, code (patterns) and why.
+        flags: names that are classified, as dangerous or as harmless.
+        variables: the same.
+        suspicious_flags: what a flag's name looks like that must be classified.
+        suspicious_variables: the same.
+    """
+
+    open: tuple[dict[str, str], ...]
     servers: dict[str, str]
     unreadable: tuple[dict[str, str], ...]
-    flags: dict[str, str]
-    variables: dict[str, str]
-    dangerous_flags: re.Pattern[str]
-    dangerous_variables: re.Pattern[str]
+    flags: frozenset[str]
+    variables: frozenset[str]
+    suspicious_flags: re.Pattern[str]
+    suspicious_variables: re.Pattern[str]
 
 
 @functools.cache
 def reviewed() -> Reviewed:
-    """The judgements that ship with this package."""
+    """The judgements that ship with this package and with the catalogue."""
     data = tomllib.loads((resources.files(__package__) / "reviewed.toml").read_text(encoding="utf-8"))
+    dangers = tomllib.loads((resources.files(catalogue) / "data" / "dangers.toml").read_text(encoding="utf-8"))
     return Reviewed(
+        open=tuple(data["open"]),
         servers=data["servers"],
         unreadable=tuple(data["unreadable"]),
-        flags=data["flags"]["refused"],
-        variables=data["environment"]["refused"],
-        dangerous_flags=re.compile(data["flags"]["dangerous"]),
-        dangerous_variables=re.compile(data["environment"]["dangerous"]),
+        flags=_names(dangers["flags"]) | frozenset(data["flags"]["harmless"]),
+        variables=_names(dangers["variables"]) | frozenset(data["variables"]["harmless"]),
+        suspicious_flags=re.compile(data["flags"]["suspicious"]),
+        suspicious_variables=re.compile(data["variables"]["suspicious"]),
     )
+
+
+def _names(groups: list[dict[str, list[str]]]) -> frozenset[str]:
+    return frozenset(name for group in groups for name in group["names"])
 
 
 def review(found: Findings, *, complete: bool) -> list[str]:
@@ -52,22 +71,22 @@ def review(found: Findings, *, complete: bool) -> list[str]:
     except ValueError as error:
         return [f"version: {error}; rows of the catalogue cannot be chosen"]
     known = catalogue.routes_of(version)
-    complaints = list(_routes(found.routes, known, found.guarded))
+    complaints = list(_routes(found.routes, known, found.guarded, version))
     if complete:
         complaints += _missing(found.routes, known)
     flags = catalogue.flags()
     listed = {*flags.owned, *flags.allowed, *reviewed().flags}
     complaints += [
-        f"{flag.where}: flag {flag.name} looks dangerous and is not classified"
+        f"{flag.where}: flag {flag.name} is not classified"
         for flag in found.flags
-        if reviewed().dangerous_flags.search(flag.name) and not _listed(flag.name, listed)
+        if reviewed().suspicious_flags.search(flag.name) and not _listed(flag.name, listed)
     ]
     environment = catalogue.environment()
     variables = {*environment.fixed, *environment.allowed, *reviewed().variables}
     complaints += [
-        f"{variable.where}: variable {variable.name} looks dangerous and is not classified"
+        f"{variable.where}: variable {variable.name} is not classified"
         for variable in found.environment
-        if reviewed().dangerous_variables.search(variable.name) and variable.name not in variables
+        if reviewed().suspicious_variables.search(variable.name) and variable.name not in variables
     ]
     complaints += [
         f"{place.where}: {place.kind}: {place.code}: not reviewed"
@@ -83,26 +102,43 @@ def _listed(name: str, listed: set[str]) -> bool:
 
 
 def _routes(
-    routes: Iterable[Route], known: dict[tuple[str, str], catalogue.Route], guarded: tuple[str, ...]
+    routes: Iterable[Route], known: _Known, guarded: tuple[str, ...], version: catalogue.Version
 ) -> Iterator[str]:
+    open_then = {
+        (row["method"], row["path"]) for row in reviewed().open if version < catalogue.Version.parse(row["until"])
+    }
     for route in routes:
         shown = f"{route.where}: {route.method} {route.path}"
         if route.server != API:
             if route.server not in reviewed().servers:
                 yield f"{shown}: on a server that is not reviewed: {route.server}"
             continue
-        row = known.get((route.method, route.path))
+        row = _row(route, known)
+        is_guarded = bool(guarded) and route.path.startswith(guarded)
+        if (route.method, route.path) in open_then and not is_guarded:
+            continue
         if row is None:
             yield f"{shown}: not classified"
-        elif row.key != route.path.startswith(guarded or ("\0",)):
+        elif row.key != is_guarded:
             said = "guarded" if row.key else "open"
             yield f"{shown}: {said} in the catalogue, but the guarded prefixes are {' '.join(guarded)}"
 
 
-def _missing(routes: Iterable[Route], known: dict[tuple[str, str], catalogue.Route]) -> list[str]:
+def _row(route: Route, known: _Known) -> catalogue.Route | None:
+    """The catalogue's row; for a mount one at or below it, and then every such row must be `never`."""
+    if route.method != MOUNT:
+        return known.get((route.method, route.path))
+    rows = [row for row in known.values() if row.path == route.path or row.path.startswith(route.path + "/")]
+    return rows[0] if rows and all(row.never for row in rows) else None
+
+
+def _missing(routes: Iterable[Route], known: _Known) -> list[str]:
     found = {(route.method, route.path) for route in routes if route.server == API}
+    mounts = tuple(route.path + "/" for route in routes if route.server == API and route.method == MOUNT)
     return [
-        f"routes.toml: {method} {path}: this version has no such route" for method, path in sorted(set(known) - found)
+        f"routes.toml: {method} {path}: this version has no such route"
+        for method, path in sorted(set(known) - found)
+        if not path.startswith(mounts or ("\0",))
     ]
 
 

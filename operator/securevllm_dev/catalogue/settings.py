@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _ENGINE_ARGS = "vllm/engine/arg_utils.py"
 _ENVS = "vllm/envs.py"
 _PORT = re.compile(
-    r"""^[^#\n]*?\b(?P<name>\w*port\w*)["']?\s*(?::[^=\n,]{1,60})?[=:,]\s*(?P<number>\d{4,5})\b"""
+    r"""^[^#\n]*?\b(?P<name>\w*port\w*)["']?\s*(?::[^=\n,]{1,60})?[=:,]\s*(?:\w+\(\s*default\s*=\s*)?(?P<number>\d{4,5})\b"""
     r"""|(?P<endpoint>tcp://[^\s"':]*):(?P<endport>\d{4,5})\b""",
     re.IGNORECASE | re.MULTILINE,
 )
@@ -102,12 +102,16 @@ class _Flags:
     def _described(self, node: ast.Call) -> tuple[str, str]:
         """(type, default) of keywords, or of the configuration field whose description is unpacked."""
         given = {item.arg: item.value for item in node.keywords}
-        unpacked = given.get(None)
-        match unpacked:
+        described = given.pop(None, None)
+        if isinstance(described, ast.Dict):  # **{**table["field"], "default": None}
+            pairs = list(zip(described.keys, described.values, strict=True))
+            given |= {str(key.value): value for key, value in pairs if isinstance(key, ast.Constant)}
+            described = next((value for key, value in pairs if key is None), None)
+        match described:
             case ast.Subscript(value=ast.Name() as table, slice=ast.Constant(value=str() as name)):
                 for found, kind, default in self._fields_of_table(table):
                     if found == name:
-                        return kind, default
+                        return kind, _short(given["default"]) if "default" in given else default
         action = given.get("action")
         kind = ast.unparse(given["type"]) if "type" in given else ""
         if isinstance(action, ast.Constant) and str(action.value).startswith("store_"):
