@@ -106,14 +106,14 @@ _NO_UID = "00000000-0000-0000-0000-000000000000"
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 def main() -> None:
-    r"""Run vLLM on Kubernetes behind an exact route allowlist and isolated networks.
+    """Run vLLM on Kubernetes behind an exact route allowlist and isolated networks.
 
     \b
     A first look, without a cluster:
         securevllm render -f manifests/samples/quickstart.yaml
     In a cluster the operator is installed with:
         kubectl apply -k manifests/install
-    """
+    """  # noqa: D301 - click wants the character
 
 
 @main.command()
@@ -132,19 +132,63 @@ def crd(output: str) -> None:
 
 
 @main.command()
+@click.option("--version", "text", default=None, help="vLLM version.  [default: the newest that is catalogued]")
+@click.option("--profile", type=click.Choice(catalogue.profiles()), help="Only the routes of this gateway profile.")
+@click.option(
+    "-o", "--output", type=click.Choice(["table", "json", "md"]), default="table", show_default=True, help="Format."
+)
+def routes(text: str | None, profile: str | None, output: str) -> None:
+    """Print every route of vLLM: its class, whether vLLM itself asks for a key, and what the gateway does with it.
+
+    \b
+        securevllm routes --profile chat
+        securevllm routes --version 0.33.0 -o json | jq 'select(.vllmKey == false)'
+    """  # noqa: D301 - click wants the character
+    try:
+        version = catalogue.Version.parse(text) if text else catalogue.newest()
+    except ValueError as error:
+        _wrong(str(error))
+    known = [route for route in catalogue.routes_of(version).values() if profile is None or profile in route.profiles]
+    rows = [
+        {
+            "method": route.method,
+            "path": route.path,
+            "class": route.category,
+            "vllmKey": route.key,
+            "gateway": "never" if route.never else ", ".join(route.profiles) or "routes.allow",
+            "when": route.when or "always",
+        }
+        for route in known
+    ]
+    if output == "json":
+        for row in rows:
+            click.echo(json.dumps(row))
+        return
+    head = ["METHOD", "PATH", "CLASS", "VLLM KEY", "GATEWAY", "WHEN"]
+    told = [[str(value) for value in (row | {"vllmKey": "yes" if row["vllmKey"] else "no"}).values()] for row in rows]
+    if output == "md":
+        for line in (head, ["---"] * len(head), *told):
+            click.echo(f"| {' | '.join(line)} |")
+        return
+    widths = [max(map(len, column)) for column in zip(head, *told, strict=True)]
+    for line in (head, *told):
+        click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+@main.command()
 @click.option("-f", "--filename", type=click.File("r"), required=True, help="Manifest with resources; - is stdin.")
 @click.option("-n", "--namespace", default="default", show_default=True, help="For resources that name none.")
 @click.option("--uid", default=_NO_UID, show_default=True, help="UID of the resource: part of the pods' labels.")
 @_context_options
 @_OUTPUT
 def render(filename: TextIO, namespace: str, uid: str, output: str, **cluster: Any) -> None:
-    r"""Print every object that the operator would apply, without a cluster.
+    """Print every object that the operator would apply, without a cluster.
 
     \b
     Secrets with generated content are printed without it. The model counts as downloaded.
         securevllm render -f manifests/samples/quickstart.yaml
         cat my.yaml | securevllm render -f - -o json | jq .kind
-    """
+    """  # noqa: D301 - click wants the character
     context = _context(**cluster)
     printed: list[dict[str, Any]] = []
     failed = False

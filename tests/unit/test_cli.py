@@ -1,0 +1,145 @@
+"""The command line without a cluster: what it prints, what it says to wrong input, and how it ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import yaml
+from click.testing import CliRunner, Result
+
+from securevllm import __version__, catalogue
+from securevllm.cli import main
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+ROOT = Path(__file__).parents[2]
+SAMPLE = ROOT / "manifests/samples/quickstart.yaml"
+
+
+def run(*args: str, stdin: str | None = None) -> Result:
+    return CliRunner().invoke(main, args, input=stdin)
+
+
+def rendered(*args: str, stdin: str | None = None) -> Sequence[dict[str, object]]:
+    result = run("render", "-f", "-" if stdin is not None else str(SAMPLE), *args, stdin=stdin)
+    assert result.exit_code == 0, result.stderr
+    return list(yaml.safe_load_all(result.stdout))
+
+
+def test_help_teaches_the_first_step() -> None:
+    assert "securevllm render -f manifests/samples/quickstart.yaml" in run("--help").stdout
+
+
+def test_version_names_operator_and_catalogue() -> None:
+    assert (
+        run("version").stdout
+        == f"secure-vllm-operator {__version__} (vLLM {catalogue.floor()} to {catalogue.newest()})\n"
+    )
+
+
+def test_the_crd_is_the_one_in_the_repository() -> None:
+    assert run("crd").stdout == (ROOT / "crds/securevllm.io_securevllmdeployments.yaml").read_text(encoding="utf-8")
+    assert json.loads(run("crd", "-o", "json").stdout)["kind"] == "CustomResourceDefinition"
+
+
+def test_render_begins_with_the_deny_and_ends_with_what_runs() -> None:
+    kinds = [obj["kind"] for obj in rendered()]
+    assert kinds[0] == "NetworkPolicy"
+    assert kinds[-1] == "Deployment"
+    assert len(kinds) > 15
+
+
+def test_json_is_one_object_per_line() -> None:
+    lines = run("render", "-f", str(SAMPLE), "-o", "json").stdout.splitlines()
+    assert [json.loads(line) for line in lines] == list(rendered())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (("--cluster-domain", "example.org"), "svc.example.org"),
+        (("--operator-namespace", "ops"), "kubernetes.io/metadata.name: ops"),
+        (("--cluster-range", "203.0.113.0/24"), "203.0.113.0/24"),
+        (("--dns-cidr", "169.254.20.10/32"), "169.254.20.10/32"),
+        (("--dns-namespace", "openshift-dns"), "kubernetes.io/metadata.name: openshift-dns"),
+        (("--dns-pods", "app=dns"), "app: dns"),
+        (("--dns-port", "5353"), "port: 5353"),
+        (("--gateway-image", "registry.example/envoy:v1"), "image: registry.example/envoy:v1"),
+        (("--uid", "other"), "uid: other"),
+        (("-n", "team"), "namespace: team"),
+    ],
+)
+def test_every_option_of_the_cluster_reaches_the_objects(arguments: tuple[str, ...], found: str) -> None:
+    assert found not in yaml.safe_dump_all(rendered())
+    assert found in yaml.safe_dump_all(rendered(*arguments))
+
+
+def test_a_restart_that_the_user_asked_for_is_in_the_template() -> None:
+    resource = yaml.safe_load(SAMPLE.read_text(encoding="utf-8"))
+    resource["metadata"]["annotations"] = {"securevllm.io/restart-at": "noon"}
+    assert "noon" in yaml.safe_dump_all(rendered(stdin=yaml.safe_dump(resource)))
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("a: [", "is not YAML"),
+        ("", "holds no object"),
+        ("- a", "holds list, not a Kubernetes object"),
+        ("{apiVersion: v1, kind: Pod}", "holds v1 Pod; this command takes securevllm.io/v1alpha1"),
+    ],
+)
+def test_wrong_input_is_named(text: str, told: str) -> None:
+    result = run("render", "-f", "-", stdin=text)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert told in result.stderr
+
+
+def test_a_bad_resource_does_not_hide_the_good_one() -> None:
+    good = SAMPLE.read_text(encoding="utf-8")
+    bad = yaml.safe_load(good)
+    bad["metadata"]["name"] = "bad"
+    del bad["spec"]["model"]["source"]
+    result = run("render", "-f", "-", stdin=f"{yaml.safe_dump(bad)}\n---\n{good}")
+    assert result.exit_code == 2
+    assert "bad: ModelSourceMissing: spec.model.source" in result.stderr
+    assert "source: {huggingFace: {}}" in result.stderr
+    assert {obj["kind"] for obj in yaml.safe_load_all(result.stdout)} >= {"Deployment", "NetworkPolicy"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (("--dns-pods", "x"), "not a label"),
+        (("--cluster-range", "10.0.0.1/8"), "host bits"),
+        (("--dns-cidr", "x"), "x"),
+    ],
+)
+def test_wrong_options_are_named(arguments: tuple[str, ...], told: str) -> None:
+    result = run("render", "-f", str(SAMPLE), *arguments)
+    assert result.exit_code == 2
+    assert told in result.stderr
+
+
+def test_routes_are_those_of_the_catalogue() -> None:
+    rows = [json.loads(line) for line in run("routes", "-o", "json").stdout.splitlines()]
+    assert {(row["method"], row["path"]) for row in rows} == set(catalogue.routes_of(catalogue.newest()))
+    assert {row["gateway"] for row in rows if row["path"] == "/pause"} == {"never"}
+
+
+def test_routes_of_a_profile_as_tables() -> None:
+    table = run("routes", "--profile", "chat").stdout.splitlines()
+    marked = run("routes", "--profile", "chat", "-o", "md").stdout.splitlines()
+    assert [line.split()[1] for line in table[1:]] == ["/v1/models", "/v1/chat/completions", "/v1/completions"]
+    assert len(marked) == len(table) + 1
+    assert run("routes", "--version", "x").exit_code == 2
+
+
+def test_run_without_a_cluster_says_what_to_do() -> None:
+    result = run("run", "--http-port", "0")
+    assert result.exit_code == 1
+    assert "--kubeconfig FILE" in result.stderr
