@@ -13,12 +13,13 @@ from securevllm.api.kinds import Ref
 from tests.api.audit import Request, now
 from tests.api.kube import eventually
 from tests.api.lab import Lab, as_rendered, started
-from tests.api.operator_process import USER, OperatorProcess, new_namespace, resource
+from tests.api.operator_process import USER, OperatorProcess, new_namespace, resource, settled
 
 RESOURCES = 100
 REPAIRS = 40
 STARTS = 4
 IDLE = 30.0
+SETTLE = 0.3
 
 NOTES = (
     (
@@ -66,11 +67,9 @@ def _applies(lab: Lab, namespace: str) -> Measured:
     since = now()
     for number in range(RESOURCES):
         lab.kube.apply(resource(namespace, _name(number)))
-        # The last wave; what else is under way then must not run into the next resource's time.
-        for role in ("engine", "gateway"):
-            ref = Ref(kinds.DEPLOYMENT, namespace, f"{_name(number)}-{role}")
-            eventually(lambda ref=ref: lab.kube.find(ref), 30, pause=0.02)  # type: ignore[misc]
-        time.sleep(0.1)
+        settled(lab.kube, Ref(kinds.SECURE_VLLM_DEPLOYMENT, namespace, _name(number)))
+        # What follows (pods are made, the status moves) must not run into the next one's time.
+        time.sleep(SETTLE)
     eventually(lambda: as_rendered(lab.kube, namespace), 60)
     requests = lab.audit.requests(since, namespace=namespace)
     created = [request for request in requests if request.user == USER and request.code == 201]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     from securevllm.context import Context
     from securevllm.render.meta import Owner
 
+_CHAIN = (Made.CA, Made.TLS)
+"""One after the other: the certificate needs the CA."""
+
 
 @dataclass(frozen=True)
 class Secrets:
@@ -38,10 +42,24 @@ class Generator:
         self._children, self._context, self._now = children, context, now
 
     async def make(self, owner: Owner, wanted: Accepted) -> Secrets:
-        """All of them, in order: the certificate needs the CA."""
+        """All of them, side by side where one does not need another."""
+        items = list(generated(owner, wanted, self._context))
+        chained = [item for item in items if item.made in _CHAIN]
+        chains = [chained, *([item] for item in items if item.made not in _CHAIN)]
+        results = await asyncio.gather(*(self._make(owner, chain) for chain in chains), return_exceptions=True)
+        data: dict[Made, Mapping[str, bytes]] = {}
+        outcome = Outcome()
+        for result in results:
+            if isinstance(result, BaseException):
+                raise result  # when nothing is under way any more
+            data |= result.data
+            outcome += result.outcome
+        return Secrets(data, outcome)
+
+    async def _make(self, owner: Owner, chain: Sequence[Generated]) -> Secrets:
         made: dict[Made, Mapping[str, bytes]] = {}
         outcome = Outcome()
-        for item in generated(owner, wanted, self._context):
+        for item in chain:
             try:
                 secret = await self._children.make(item.object, owner.uid, self._content(item, made))
                 made[item.made] = decode(secret)

@@ -9,6 +9,7 @@ reconciled instead.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -159,8 +160,10 @@ class Reconciler:
 
     async def _held(self, owner: Owner) -> _Held:
         """What was accepted last."""
-        secret = await self._find(Ref(kinds.SECRET, owner.namespace, engine.key_secret(owner)))
-        config = await self._find(Ref(kinds.CONFIG_MAP, owner.namespace, accepted.name(owner)))
+        secret, config = await asyncio.gather(
+            self._find(Ref(kinds.SECRET, owner.namespace, engine.key_secret(owner))),
+            self._find(Ref(kinds.CONFIG_MAP, owner.namespace, accepted.name(owner))),
+        )
         seal_key = decode(secret).get(engine.SEAL, b"") if secret else b""
         if config is None or not seal_key:
             return _Held(None, seal_key)

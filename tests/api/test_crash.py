@@ -106,8 +106,8 @@ def test_killed_at_thirty_moments_it_ends_where_render_says_with_the_keys_of_the
         for name in NAMES:
             kube.delete(ref(empties, name))
 
-        eventually(lambda: as_rendered(kube, stays), 30)
-        assert inexact(kube, stays, scratch=empties) == []
+        eventually(lambda: as_rendered(kube, stays), 30, pause=0.3)
+        assert inexact(kube, stays, scratch="default") == []
         for where, data in made(kube, stays).items():
             assert keys.get(where, data) == data
         eventually(lambda: children(kube, empties) == {}, 30)
