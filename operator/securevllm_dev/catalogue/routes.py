@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -55,11 +56,14 @@ _CONSUMERS = {"uvicorn.Config", "uvicorn.run", "isinstance", "len", "id", "hasat
 """Code outside of the tree that takes an application and adds no route."""
 _SERVERS = {"start_http_server", "start_server", "HTTPServer", "ThreadingHTTPServer", "make_server", "serve_forever",
             "add_insecure_port", "add_secure_port", "TCPServer", "ThreadingTCPServer"}  # fmt: skip
+_BY_NAME = {"import_module", "run_path", "run_module"}
 _HANDLERS = {"BaseHTTPRequestHandler", "SimpleHTTPRequestHandler", "RequestHandler"}
 _FASTAPI_OWN = (("docs_url", "/docs"), ("redoc_url", "/redoc"), ("openapi_url", "/openapi.json"))
 _OAUTH_REDIRECT = "/docs/oauth2-redirect"
 _EXAMPLE_SERVER = "vllm/entrypoints/api_server.py"
 """Has a `build_app` of its own and is not what `vllm serve` runs (until 0.17)."""
+_IMPORTED = rb"^[ \t]*(?:from|import)\b[^\n]*\b(?:%b)\b|^[ \t]+(?:%b)(?: as \w+)?,?[ \t]*$"
+"""A name on a line that imports, or alone on a line, as in brackets after ``import``."""
 _CODE = 160
 _VALUES = (ast.Name, ast.Attribute, ast.Call, ast.IfExp, ast.BoolOp, ast.NamedExpr, ast.Await)
 """Expressions that can be a router."""
@@ -106,6 +110,8 @@ class Scan:
             if any(token in data for token in _TOKENS):
                 self._load(self.tree.by_path(path))
         self._follow_parameters()
+        while self._load_importers():
+            self._follow_parameters()
         for module in list(self._modules.values()):
             _ModuleScan(self, module).run()
         self._assemble()
@@ -119,6 +125,34 @@ class Scan:
         if builds and module.path != _EXAMPLE_SERVER:
             self._main.add(module.path)
         return True
+
+    def _load_importers(self) -> bool:
+        """Read files that name a module with a router of its own: they can add routes without naming a framework."""
+        makers = {module.name.rpartition(".")[2] for module in self._modules.values() if self._has_router(module)}
+        names = sorted(name.encode() for name in makers)
+        imported = re.compile(_IMPORTED % ((b"|".join(map(re.escape, names)),) * 2), re.MULTILINE)
+        wanted = [
+            path
+            for path, data in self.tree.source.files.items()
+            if path not in self._modules and any(name in data for name in names) and imported.search(data)
+        ]
+        before = len(self._modules)
+        for path in wanted:
+            self._load(self.tree.by_path(path))
+        return len(self._modules) > before
+
+    def _has_router(self, module: Module) -> bool:
+        if any(isinstance(node, ast.Call) and self.router_class(module, node.func) for node in module.nodes):
+            return True
+        imported = [
+            ast.Name(name)
+            for name, bound in module.bindings[module.tree].items()
+            if any(binding.how == "import" for binding in bound)
+        ]
+        for name in imported:
+            module.parents[name] = module.tree
+        starred = any(self.tree.module(star) in self._modules.values() for star in module.stars)
+        return starred or any(self.routers(module, name) for name in imported)
 
     def _follow_parameters(self) -> None:
         """Mark parameters that get a router, until nothing new is found; modules of the callees are read too."""
@@ -478,7 +512,7 @@ class _ModuleScan:
         name = ast.unparse(node.func).rpartition(".")[2] if isinstance(node.func, ast.Name | ast.Attribute) else ""
         if name in _SERVERS:
             self._report(node, "server")
-        if name in {"exec", "eval", "__import__", "import_module", "run_path", "run_module"}:
+        if name in _BY_NAME or (isinstance(node.func, ast.Name) and name in {"exec", "eval", "__import__"}):
             self._report(node, "code by name")
         if name == "Instrumentator":
             return

@@ -2,7 +2,7 @@
 
 Flags: `add_argument` calls of vllm/engine/arg_utils.py and of every cli_args.py below vllm/entrypoints/, and the fields
 of dataclasses whose flags are added in a loop. Other commands (`vllm bench`, `vllm run-batch`) are not read.
-Variables: the table of vllm/envs.py. Ports: numbers bound to a name with "port" in it, outside of model code.
+Variables: the table of vllm/envs.py. Ports: numbers bound to a name with the word "port" in it, outside of model code.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _ENGINE_ARGS = "vllm/engine/arg_utils.py"
 _ENVS = "vllm/envs.py"
 _PORT = re.compile(
-    r"""^[^#\n]*?\b(?P<name>\w*port\w*)["']?\s*(?::[^=\n,]{1,60})?[=:,]\s*(?:\w+\(\s*default\s*=\s*)?(?P<number>\d{4,5})\b"""
+    r"""^[^#\n]*?\b(?P<name>(?:\w*_)?ports?(?:_\w*)?)["']?\s*(?::[^=\n,]{1,60})?[=:,]\s*(?:\w+\(\s*default\s*=\s*)?(?P<number>\d{4,5})\b"""
     r"""|(?P<endpoint>tcp://[^\s"':]*):(?P<endport>\d{4,5})\b""",
     re.IGNORECASE | re.MULTILINE,
 )

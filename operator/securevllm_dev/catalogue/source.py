@@ -18,6 +18,7 @@ MAX_FILE = 8 << 20
 MAX_TOTAL = 512 << 20
 """Bytes of all members of an archive together; vLLM 0.33.0 has 170 MiB."""
 MAX_MEMBERS = 100_000
+_ELSEWHERE = ("tests/", "examples/", "benchmarks/", "docs/", "tools/", "build/")
 
 
 class SourceError(Exception):
@@ -97,11 +98,7 @@ def _wanted(inner: str) -> bool:
     """Python below a package's folder; tests, examples and build scripts are on no server."""
     if inner == "PKG-INFO":
         return True
-    return (
-        inner.endswith(".py")
-        and "/" in inner
-        and inner.split("/", maxsplit=1)[0] not in {"tests", "examples", "benchmarks"}
-    )
+    return inner.endswith(".py") and "/" in inner and not inner.startswith(_ELSEWHERE)
 
 
 def _add(source: Source, inner: str, data: bytes | None) -> None:
