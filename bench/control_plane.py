@@ -49,7 +49,9 @@ def measure(folder: Path) -> Iterator[Measured]:
             yield from _repairs(lab, namespace)
             yield from _idle(lab)
             yield _memory(operator, f"operator's memory, {RESOURCES} resources")
-            yield Measured("start to first reconcile", tuple(_starts(lab, namespace, operator)), "s", 2.0)
+            yield Measured(
+                f"start to first reconcile, {RESOURCES} resources", tuple(_starts(lab, namespace, operator)), "s", 2.0
+            )
             operator.stop()
 
 
