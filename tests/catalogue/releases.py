@@ -5,13 +5,14 @@ pypi-simple fetches a file and its hash; an installer would run the build of vLL
 
 from __future__ import annotations
 
+import functools
 import os
 from pathlib import Path
 
 import pytest
-from pypi_simple import DistributionPackage, PyPISimple
+from pypi_simple import ProjectPage, PyPISimple
 
-_TIMEOUT = 60
+_TIMEOUT = 30
 """Seconds for one answer of the index; a file of 47 MB takes some seconds."""
 
 
@@ -28,21 +29,27 @@ def sdist(project: str, version: str) -> Path:
     known = cache() / f"{project}-{version}.tar.gz"
     if known.exists():
         return known
+    page = _page(project)
+    if isinstance(page, str):
+        pytest.skip(f"the sdist of {project} {version} is not cached and the package index is away: {page}")
+    (package,) = (one for one in page.packages if one.package_type == "sdist" and one.version == version)
     partial = known.with_suffix(f".part-{os.getpid()}")
     try:
         with PyPISimple() as index:
-            package = _package(index, project, version)
             index.download_package(package, partial, verify=True, timeout=_TIMEOUT)
         partial.rename(known)
-    except OSError as error:  # of the network; requests' errors are OSErrors
-        pytest.skip(f"the sdist of {project} {version} is not cached and the package index is away: {error!r:.120}")
+    except OSError as error:  # requests' errors are OSErrors
+        pytest.skip(f"the download of {project} {version} failed: {type(error).__name__}")
     finally:
         partial.unlink(missing_ok=True)
     return known
 
 
-def _package(index: PyPISimple, project: str, version: str) -> DistributionPackage:
-    for package in index.get_project_page(project, timeout=_TIMEOUT).packages:
-        if package.package_type == "sdist" and package.version == version:
-            return package
-    raise AssertionError(f"{project} {version} has no sdist")
+@functools.cache
+def _page(project: str) -> ProjectPage | str:
+    """What the index has of a project, or the kind of error; asked once, so that no test waits for a second time-out."""
+    try:
+        with PyPISimple() as index:
+            return index.get_project_page(project, timeout=_TIMEOUT)
+    except OSError as error:
+        return type(error).__name__
