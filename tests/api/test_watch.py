@@ -147,6 +147,21 @@ async def streaming(kubernetes: KubernetesClient, store: Store, namespace: str) 
     await until(lambda: store.get(Ref(CONFIG_MAP, namespace, "probe")) is None)
 
 
+async def test_what_was_deleted_before_a_stream_lists_is_found_without_waiting_for_the_resync(
+    cluster: Cluster, kubernetes: KubernetesClient, namespace: str
+) -> None:
+    await kubernetes.create(config_map(namespace, "stays", "other"))
+    store, seen = Store([Watched(CONFIG_MAP, OURS)], namespaces=[namespace]), Seen()
+    async with watching(cluster, kubernetes, store, seen, resync=600.0):
+        await until(lambda: store.unsynced() is None)
+        # As if it had been there in our list, and deleted before kopf's.
+        deleted = config_map(namespace, "deleted", "owner")
+        store.put(deleted | {"metadata": deleted["metadata"] | {"resourceVersion": "1"}})
+        await until(lambda: store.get(Ref(CONFIG_MAP, namespace, "deleted")) is None)
+        assert seen.keys.count("owner") == 1
+        assert seen.missed == {"ConfigMap": 1}
+
+
 async def test_what_is_known_already_wakes_nobody(
     cluster: Cluster, kubernetes: KubernetesClient, namespace: str
 ) -> None:
