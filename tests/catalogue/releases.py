@@ -47,7 +47,7 @@ def sdist(project: str, version: str) -> Path:
 
 @functools.cache
 def _page(project: str) -> ProjectPage | str:
-    """What the index has of a project, or the kind of error; asked once, so that no test waits for a second time-out."""
+    """What the index has of a project, or the kind of error; asked once: no test waits for a second time-out."""
     try:
         with PyPISimple() as index:
             return index.get_project_page(project, timeout=_TIMEOUT)
