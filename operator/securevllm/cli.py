@@ -148,6 +148,8 @@ def routes(text: str | None, profile: str | None, output: str) -> None:
         version = catalogue.Version.parse(text) if text else catalogue.newest()
     except ValueError as error:
         _wrong(str(error))
+    if not catalogue.oldest() <= version <= catalogue.newest():
+        _wrong(f"the catalogue knows vLLM {catalogue.oldest()} to {catalogue.newest()}, not {version}")
     known = [route for route in catalogue.routes_of(version).values() if profile is None or profile in route.profiles]
     rows = [
         {

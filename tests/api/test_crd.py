@@ -391,6 +391,7 @@ STRICTER: dict[tuple[str, str], str] = {
     ("RouteForbidden", r"this route \(.*\) is never opened"): "catalogue of the image's version",
     ("VersionUnreadable", "the tag does not say which vLLM version"): "vllmVersion may say it; needs the catalogue",
     ("VersionUnknown", "the catalogue ends at"): "catalogue",
+    ("VersionUnknown", "the catalogue begins at"): "catalogue",
     ("VersionBelowFloor", r"vLLM before \S+ has known holes"): "catalogue",
     ("EgressRefused", "nobody is named"): "an empty Peers is right for clients, where it means the own namespace",
     ("EgressRefused", "private, link-local and shared ranges"): "address arithmetic",

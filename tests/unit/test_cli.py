@@ -137,6 +137,7 @@ def test_routes_of_a_profile_as_tables() -> None:
     assert [line.split()[1] for line in table[1:]] == ["/v1/models", "/v1/chat/completions", "/v1/completions"]
     assert len(marked) == len(table) + 1
     assert run("routes", "--version", "x").exit_code == 2
+    assert "not 99.0.0" in run("routes", "--version", "99.0.0").stderr
 
 
 def test_run_without_a_cluster_says_what_to_do() -> None:

@@ -226,10 +226,20 @@ REFUSED: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
     ("pre-release", {"image": "vllm/vllm-openai:v0.33.0-rc1"}, "spec.image", "VersionUnreadable", ("release tag",)),
     (
         "assumption over an old tag",
-        {"image": "vllm/vllm-openai:v0.9.0", "vllmVersion": {"assume": "0.33.0"}},
+        {"image": "vllm/vllm-openai:v0.19.0", "vllmVersion": {"assume": "0.33.0"}},
         "spec.vllmVersion.assume",
         "VersionBelowFloor",
-        ("0.9.0",),
+        ("0.19.0",),
+    ),
+    (
+        "older than the catalogue",
+        {
+            "image": "vllm/vllm-openai:v0.9.0",
+            "security": {"accept": [{"risk": "vllmVersionBelowFloor", "why": "a laboratory of ours"}]},
+        },
+        "spec.image",
+        "VersionUnknown",
+        ("begins at 0.11.0",),
     ),
     ("port that nobody opens", {"ports": {"kvEvents": 7000}}, "spec.ports.kvEvents", "NotSupportedYet", ("no pod",)),
     (

@@ -484,6 +484,14 @@ def _version(spec: api.Spec, version: catalogue.Version) -> Iterator[Problem]:
             f"Use an older image, or say: vllmVersion: {{assume: {catalogue.newest()}}}.",
             str(version),
         )
+    if version < catalogue.oldest():
+        yield Problem(
+            field,
+            "VersionUnknown",
+            f"the catalogue begins at {catalogue.oldest()}: nobody compared it with an older vLLM",
+            "Use a newer image.",
+            str(version),
+        )
     accepted = any(item.risk == "vllmVersionBelowFloor" for item in spec.security.accept)
     # What the tag says counts as well: an assumption is about routes, not about holes.
     version = min(version, _tagged(spec) or version)

@@ -171,3 +171,9 @@ def floor() -> Version:
 def newest() -> Version:
     """Newest version that is catalogued."""
     return Version.parse(_read("versions.toml")["newest"])
+
+
+@functools.cache
+def oldest() -> Version:
+    """Oldest version that was compared with its source."""
+    return Version.parse(_read("versions.toml")["oldest"])
