@@ -151,7 +151,8 @@ def live_through_everything(kube: Kube, namespace: str) -> None:
     # The next change prunes them, and with them what the new spec does not need any more.
     claim = {"name": name, "source": {"persistentVolumeClaim": {"claimName": "weights"}, "huggingFace": None}}
     kube.patch(llama, {"spec": {"model": claim, "gateway": {"replicas": 1}}})
-    eventually(lambda: as_rendered(kube, namespace), 30)
+    # What old pods refer to goes when no old pod is left, which takes the time that engines have to end.
+    eventually(lambda: as_rendered(kube, namespace), 120, pause=0.5)
     await_condition(kube, llama, "GatewayReady", "True", seconds=60)
 
     # Another key: the pods of the gateway are nudged.
@@ -160,8 +161,8 @@ def live_through_everything(kube: Kube, namespace: str) -> None:
     await_condition(kube, llama, "GatewayReady", "True", seconds=60)
     reason = "I accept requests without a key in this test."
     kube.patch(llama, {"spec": {"gateway": {"authentication": {"none": reason}}}})
-    eventually(lambda: kube.find(Ref(kinds.SECRET, namespace, "llama-gateway-auth")) is None, 60)
-    eventually(lambda: as_rendered(kube, namespace), 30)
+    eventually(lambda: kube.find(Ref(kinds.SECRET, namespace, "llama-gateway-auth")) is None, 120)
+    eventually(lambda: as_rendered(kube, namespace), 120, pause=0.5)
 
     kube.delete(llama)
     eventually(lambda: kube.find(Ref(kinds.NETWORK_POLICY, namespace, DENY_NAME)) is None, 60)
