@@ -192,31 +192,74 @@ def render(filename: TextIO, namespace: str, uid: str, output: str, **cluster: A
         cat my.yaml | securevllm render -f - -o json | jq .kind
     """  # noqa: D301 - click wants the character
     context = _context(**cluster)
+    judged, failed = _judged(filename, namespace, uid)
     printed: list[dict[str, Any]] = []
-    failed = False
-    for document in _resources(filename):
-        metadata = document.get("metadata") or {}
-        name = str(metadata.get("name", ""))
-        try:
-            printed += _rendered(document, str(metadata.get("namespace") or namespace), uid, context)
-        except SpecError as error:
-            failed = True
-            for problem in error.problems:
-                click.echo(f"{filename.name}: {name or '(no name)'}: {problem.reason}: {problem}", err=True)
+    for owner, accepted, metadata in judged:
+        printed += _rendered(owner, accepted, metadata, context)
     _print(printed, output)
     if failed:
         sys.exit(_WRONG_INPUT)
 
 
-def _rendered(document: dict[str, Any], namespace: str, uid: str, context: Any) -> Iterator[dict[str, Any]]:
+@main.command()
+@click.option("-f", "--filename", type=click.File("r"), required=True, help="Manifest with resources; - is stdin.")
+@click.option("-n", "--namespace", default="default", show_default=True, help="For resources that name none.")
+@_context_options
+@click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["text", "mermaid", "html", "json"]),
+    default="text",
+    show_default=True,
+    help="Format.",
+)
+def explain(filename: TextIO, namespace: str, output: str, **cluster: Any) -> None:
+    """Print who may talk to whom and why, which routes pass the gateway, and what no policy sees; without a cluster.
+
+    \b
+        securevllm explain -f manifests/samples/quickstart.yaml
+        securevllm explain -f my.yaml -o html > my.html
+    """  # noqa: D301 - click wants the character
+    from securevllm import explain as forms  # noqa: PLC0415 - see the module's docstring
+
+    context = _context(**cluster)
+    judged, failed = _judged(filename, namespace, _NO_UID)
+    views = [forms.view(owner, accepted, context) for owner, accepted, _ in judged]
+    if output == "json":
+        for view in views:
+            click.echo(forms.as_json(view))
+    elif output == "text":
+        click.echo("\n".join(map(forms.text, views)), nl=False)
+    elif views:
+        click.echo(forms.mermaid(*views) if output == "mermaid" else forms.html(*views), nl=False)
+    if failed:
+        sys.exit(_WRONG_INPUT)
+
+
+def _judged(stream: TextIO, namespace: str, uid: str) -> tuple[list[tuple[Any, Any, dict[str, Any]]], bool]:
+    """Owner, accepted spec and metadata of each good resource; True: another one is wrong, and it was said why."""
     from securevllm.api.parse import parse  # noqa: PLC0415 - see the module's docstring
+    from securevllm.render.meta import Owner  # noqa: PLC0415 - see the module's docstring
+
+    judged: list[tuple[Any, Any, dict[str, Any]]] = []
+    failed = False
+    for document in _resources(stream):
+        metadata = document.get("metadata") or {}
+        owner = Owner(str(metadata.get("name", "")), str(metadata.get("namespace") or namespace), uid)
+        try:
+            judged.append((owner, parse(owner.name, document.get("spec") or {}), metadata))
+        except SpecError as error:
+            failed = True
+            for problem in error.problems:
+                click.echo(f"{stream.name}: {owner.name or '(no name)'}: {problem.reason}: {problem}", err=True)
+    return judged, failed
+
+
+def _rendered(owner: Any, accepted: Any, metadata: dict[str, Any], context: Any) -> Iterator[dict[str, Any]]:
     from securevllm.render import Observed, fetch  # noqa: PLC0415 - see the module's docstring
     from securevllm.render import render as render_resource  # noqa: PLC0415 - see the module's docstring
-    from securevllm.render.meta import RESTART_ANNOTATION, Owner  # noqa: PLC0415 - see the module's docstring
+    from securevllm.render.meta import RESTART_ANNOTATION  # noqa: PLC0415 - see the module's docstring
 
-    metadata = document.get("metadata") or {}
-    owner = Owner(str(metadata.get("name", "")), namespace, uid)
-    accepted = parse(owner.name, document.get("spec") or {})
     fetched = frozenset([fetch.job_name(owner, accepted.spec)])
     restart_at = str((metadata.get("annotations") or {}).get(RESTART_ANNOTATION, ""))
     rendered = render_resource(owner, accepted, context, Observed(fetched=fetched, restart_at=restart_at))

@@ -18,13 +18,13 @@ from typing import Any
 
 import yaml
 
+from securevllm import explain
 from securevllm.api.parse import Accepted, parse
-from securevllm.context import CidrPeer, Context, Peer, Selector
+from securevllm.context import Context
 from securevllm.render import Observed, Rendered, accepted, fetch, render
 from securevllm.render.envoy import ClientKey
 from securevllm.render.meta import Object, Owner
 from securevllm.status import Facts, Fetch, Gateway, Workload, status
-from securevllm.topology import Inbound, Internal, Outbound, Socket, Topology
 
 HERE = Path(__file__).parent
 NAMES = tuple(sorted(path.stem for path in (HERE / "cases").glob("*.yaml")))
@@ -38,6 +38,7 @@ class Case:
 
     owner: Owner
     accepted: Accepted
+    context: Context
     rendered: Rendered
     second: Mapping[str, Any]
 
@@ -63,7 +64,7 @@ def load(name: str) -> Case:
     )
     if second.get("pins"):
         observed = replace(observed, pins=_pins(owner, render(owner, judged, context, observed), second["pins"]))
-    return Case(owner, judged, render(owner, judged, context, observed), second)
+    return Case(owner, judged, context, render(owner, judged, context, observed), second)
 
 
 def _pins(owner: Owner, fresh: Rendered, changes: Mapping[str, Any]) -> dict[str, accepted.Pin]:
@@ -82,13 +83,24 @@ def _pins(owner: Owner, fresh: Rendered, changes: Mapping[str, Any]) -> dict[str
 def files(case: Case) -> dict[str, str]:
     """Relative path to text of everything that is compared."""
     made = case.rendered
-    texts = {"objects.yaml": "".join(f"---\n{_yaml(obj)}" for obj in _shown(made)), "explain.txt": explain(made)}
+    texts = {
+        "objects.yaml": "".join(f"---\n{_yaml(obj)}" for obj in _shown(made)),
+        "explain.txt": explain.text(explain.view(case.owner, case.accepted, case.context)),
+        "rendered.txt": "".join(f"{line}\n" for line in _rest(made)),
+    }
     for file, text in {**made.gateway_files, "api_keys.yaml": made.keys_file}.items():
         if text:
             texts[f"envoy/{file}"] = _yaml(json.loads(text))
     if "facts" in case.second:
         texts["status.yaml"] = _yaml(status(_facts(case), {}, NOW))
     return texts
+
+
+def _rest(made: Rendered) -> Iterator[str]:
+    """What is neither an object nor part of the picture."""
+    yield f"selector {made.selector}"
+    yield from (f"withheld {obj['kind']} {obj['metadata']['name']}" for obj in made.withheld)
+    yield from (f"outdated {name}" for name in made.outdated)
 
 
 def _shown(made: Rendered) -> Iterator[Object]:
@@ -143,52 +155,3 @@ def _facts(case: Case) -> Facts:
         verification=case.accepted.spec.security.verification.mode,
         **given,
     )
-
-
-# ----------------------------------------------------------------------------------------------------------- explain
-
-
-def explain(made: Rendered) -> str:
-    """Pods, sockets and flows, one a line."""
-    topology = made.topology
-    lines = [*_topology_lines(topology), f"url {made.url}", f"selector {made.selector}"]
-    lines += [f"withheld {obj['kind']} {obj['metadata']['name']}" for obj in made.withheld]
-    lines += [f"outdated {name}" for name in made.outdated]
-    return "".join(f"{line}\n" for line in lines)
-
-
-def _topology_lines(topology: Topology) -> Iterator[str]:
-    for pods in topology.pods:
-        yield f"pods {pods.role} x{pods.replicas}"
-    for socket in topology.sockets:
-        yield f"socket {_socket(socket)}: {socket.purpose} ({socket.knob})"
-    for flow in topology.flows:
-        match flow:
-            case Inbound():
-                yield f"flow {flow.source} [{_peers(flow.peers)}] -> {_socket(flow.to)}: {flow.why}"
-            case Internal():
-                yield f"flow {flow.source} -> {_socket(flow.to)}: {flow.why}"
-            case Outbound():
-                ports = ", ".join(f"{rule.protocol} {rule.port}" for rule in flow.ports)
-                yield f"flow {flow.source} -> {flow.to} [{_peers(flow.peers)}] {ports}: {flow.why}"
-
-
-def _socket(socket: Socket) -> str:
-    return f"{socket.role}/{socket.name} {socket.protocol} {socket.port}"
-
-
-def _peers(peers: tuple[Peer, ...]) -> str:
-    return "; ".join(map(_peer, peers))
-
-
-def _peer(peer: Peer) -> str:
-    if isinstance(peer, CidrPeer):
-        return f"{peer.cidr} without {', '.join(peer.excluded)}" if peer.excluded else peer.cidr
-    pods = "all pods" if peer.pods is None else f"pods {_selector(peer.pods)}"
-    return f"{pods} here" if peer.namespaces is None else f"{pods} in namespaces {_selector(peer.namespaces)}"
-
-
-def _selector(selector: Selector) -> str:
-    parts = [f"{key}={value}" for key, value in selector.labels]
-    parts += [" ".join((key, operator, *values)) for key, operator, values in selector.expressions]
-    return ",".join(parts) or "(any)"

@@ -144,3 +144,81 @@ def test_run_without_a_cluster_says_what_to_do() -> None:
     result = run("run", "--http-port", "0")
     assert result.exit_code == 1
     assert "--kubeconfig FILE" in result.stderr
+
+
+# --------------------------------------------------------------------------------------------------------- explain
+
+
+def both(first: str, second: str) -> str:
+    """Two resources in one manifest; a `spec` without source is wrong."""
+    good = yaml.safe_load(SAMPLE.read_text(encoding="utf-8"))
+    documents = [good | {"metadata": {"name": name}} for name in (first, second)]
+    for document in documents:
+        if document["metadata"]["name"] == "bad":
+            document["spec"] = {"model": {"name": "a/b"}, "image": "vllm/vllm-openai:v0.33.0"}
+    return yaml.safe_dump_all(documents)
+
+
+@pytest.mark.parametrize(
+    ("output", "begins"),
+    [
+        ("text", "default/quickstart: Qwen/Qwen3-8B by vLLM"),
+        ("mermaid", "flowchart LR\n"),
+        ("html", "<!doctype html>\n"),
+        ("json", '{"name": "quickstart", "namespace": "default"'),
+    ],
+)
+def test_explain_in_every_form(output: str, begins: str) -> None:
+    result = run("explain", "-f", str(SAMPLE), "-o", output)
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout.startswith(begins)
+    assert result.stdout.endswith("\n")
+    assert not result.stdout.endswith("\n\n")
+
+
+def test_explain_tells_text_unless_asked_otherwise() -> None:
+    assert run("explain", "-f", str(SAMPLE)).stdout == run("explain", "-f", str(SAMPLE), "-o", "text").stdout
+
+
+def test_explain_of_several_resources() -> None:
+    told = {
+        output: run("explain", "-f", "-", "-o", output, stdin=both("one", "two")).stdout for output in ("text", "json")
+    }
+    assert [json.loads(line)["name"] for line in told["json"].splitlines()] == ["one", "two"]
+    assert "\n\ndefault/two: " in told["text"]
+    assert run("explain", "-f", "-", "-o", "html", stdin=both("one", "two")).stdout.count("<!doctype html>") == 1
+    assert run("explain", "-f", "-", "-o", "mermaid", stdin=both("one", "two")).stdout.count("flowchart LR") == 1
+
+
+@pytest.mark.parametrize("output", ["text", "mermaid", "html", "json"])
+def test_explain_names_what_is_wrong_and_tells_the_rest(output: str) -> None:
+    result = run("explain", "-f", "-", "-o", output, stdin=both("bad", "good"))
+    assert result.exit_code == 2
+    assert "bad: ModelSourceMissing: spec.model.source" in result.stderr
+    assert "default/good" in result.stdout or json.loads(result.stdout)["name"] == "good"
+    nothing = run("explain", "-f", "-", "-o", output, stdin=both("bad", "bad"))
+    assert (nothing.exit_code, nothing.stdout) == (2, "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "found"),
+    [
+        (("--cluster-domain", "example.org"), "svc.example.org"),
+        (("--operator-namespace", "ops"), "of namespace ops"),
+        (("--cluster-range", "203.0.113.0/24"), "203.0.113.0/24"),
+        (("--dns-cidr", "169.254.20.10/32"), "169.254.20.10/32"),
+        (("--dns-namespace", "openshift-dns"), "of namespace openshift-dns"),
+        (("--dns-pods", "app=dns"), "pods app=dns"),
+        (("--dns-port", "5353"), "UDP 5353, TCP 5353"),
+        (("-n", "team"), "team/quickstart"),
+    ],
+)
+def test_every_option_of_the_cluster_reaches_the_picture(arguments: tuple[str, ...], found: str) -> None:
+    assert found not in run("explain", "-f", str(SAMPLE)).stdout
+    assert found in run("explain", "-f", str(SAMPLE), *arguments).stdout
+
+
+def test_explain_refuses_what_is_no_resource() -> None:
+    result = run("explain", "-f", "-", stdin="{apiVersion: v1, kind: Pod}")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "this command takes securevllm.io/v1alpha1" in result.stderr

@@ -13,7 +13,10 @@ import securevllm
 ROOT = Path(securevllm.__file__).parent
 CORE = sorted(
     path.relative_to(ROOT)
-    for pattern in ("api/*.py", "catalogue/*.py", "render/*.py", "status/*.py", "topology.py", "context.py", "drift.py")
+    for pattern in (
+        *("api/*.py", "catalogue/*.py", "render/*.py", "status/*.py", "explain/*.py"),
+        *("context.py", "drift.py", "topology.py"),
+    )
     for path in ROOT.glob(pattern)
 )
 EDGES = frozenset(
