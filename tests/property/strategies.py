@@ -81,7 +81,8 @@ def _storage() -> st.SearchStrategy[JsonMap]:
 
 def models() -> st.SearchStrategy[JsonMap]:
     """`spec.model` with each kind of source that is rendered."""
-    more = {"servedName": st.just("llama"), "revision": st.sampled_from(["main", "0" * 40])}
+    more = {"servedName": st.just("llama")}
+    pinned = more | {"revision": st.sampled_from(["main", "0" * 40])}
     hub = st.fixed_dictionaries(
         {"storage": _storage()},
         optional={
@@ -93,7 +94,7 @@ def models() -> st.SearchStrategy[JsonMap]:
     return st.one_of(
         st.fixed_dictionaries(
             {"name": st.just("meta-llama/Llama-3.1-8B"), "source": st.fixed_dictionaries({"huggingFace": hub})},
-            optional=more,
+            optional=pinned,
         ),
         st.fixed_dictionaries(
             {"name": st.just("llama"), "source": st.fixed_dictionaries({"persistentVolumeClaim": claim})}, optional=more
