@@ -12,7 +12,7 @@ class Html(str):
 
 
 def el(tag: str, *children: str, **attributes: str) -> Html:
-    """An element; ``class_`` and ``marker_end`` stand for class and marker-end."""
+    """An element; ``class_`` and ``aria_label`` stand for class and aria-label."""
     given = "".join(
         f' {name.rstrip("_").replace("_", "-")}="{html.escape(value)}"' for name, value in attributes.items()
     )

@@ -77,7 +77,7 @@ def picture(seen: View) -> Html:
     if any(flow.destination == Outside.DNS for flow in seen.flows):
         boxes.append(_box(dns, Outside.DNS.value, _OUTSIDE[Outside.DNS.value]))
     frame = _rect(_Box(dns.x - 16, _MIDDLE - 24, dns.wide + 32), high=_HIGH + 48, class_="frame")
-    bottom = max(_BOTTOM + _HIGH, *(box.y + _HIGH for box in left.values()))
+    bottom = max([_BOTTOM + _HIGH, *(box.y + _HIGH for box in left.values())])
     top = min([_MIDDLE - 24, *(box.y for box in left.values()), *above]) - 4
     return el(
         "svg",
