@@ -187,25 +187,22 @@ class Children:
             await self._kubernetes.delete(ref, uid=live["metadata"]["uid"])
             self._cache.forget(ref)
             raise Unavailable(f"{ref} is made anew", reason=WAITING)
+        # The same again: somebody has changed it, be it the hash itself.
+        drifted = live is not None and memory.applied == wanted and action is not Action.KEEP
         if live is None or action is Action.APPLY:
-            drifted = live is not None and memory.applied == wanted
             live = await self._kubernetes.apply(obj)
             self._cache.put(live)
             memory.applied = wanted
-            if drifted:
-                # Said already: whoever changes the hash itself must not cause a storm either.
-                self._note_repair(ref, memory)
             action = drift.judge(obj, live, None)
-        if action is Action.KEEP:
-            memory.settled = drift.footprint(live)
-            memory.applied = wanted
-            return
-        memory.settled = None
-        log.info("drift repaired", kind=ref.kind.kind, name=ref.name, added=[*drift.additions(obj, live)][:5])
-        live = await self._kubernetes.replace(drift.replacement(obj, live))
+        if action is not Action.KEEP:
+            memory.settled = None
+            added = [*drift.additions(obj, live)][:5]
+            log.info("drift repaired", kind=ref.kind.kind, name=ref.name, added=added)
+            live = await self._kubernetes.replace(drift.replacement(obj, live))
+            self._cache.put(live)
         memory.settled, memory.applied = drift.footprint(live), wanted
-        self._cache.put(live)
-        self._note_repair(ref, memory)
+        if drifted:
+            self._note_repair(ref, memory)
 
     async def _look(self, ref: Ref) -> KubeObject | None:
         try:
