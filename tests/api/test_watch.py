@@ -28,7 +28,11 @@ if TYPE_CHECKING:
 
     from e2e.cluster import Cluster
 
-pytestmark = pytest.mark.cluster
+pytestmark = [
+    pytest.mark.cluster,
+    # kopf closes its connections without waiting for it; what the garbage collector finds of them is not ours.
+    pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning"),
+]
 
 OURS = "app.kubernetes.io/managed-by=securevllm-operator"
 LABELS = {"app.kubernetes.io/managed-by": "securevllm-operator"}
