@@ -15,7 +15,7 @@ import structlog
 
 from securevllm import drift
 from securevllm.api import types as api
-from securevllm.api.kinds import DEPLOYMENT, Kind, KubeObject, Ref
+from securevllm.api.kinds import DEPLOYMENT, JOB, Kind, KubeObject, Ref
 from securevllm.context import FIELD_MANAGER
 from securevllm.drift import Action
 from securevllm.errors import (
@@ -38,7 +38,7 @@ log = structlog.stdlib.get_logger(__name__)
 _CONTEST_WINDOW = 600.0
 _CONTEST_REPEATS = 5
 _CONTEST_PAUSE, _CONTEST_PAUSE_SHORT = 60.0, 3.0
-_ROLLS_PODS = frozenset({DEPLOYMENT})
+_ROLLS_PODS = frozenset({DEPLOYMENT, JOB})
 _RETRY, _RETRY_REFUSED = 2.0, 30.0
 
 WAITING = "WaitingForGarbageCollection"
@@ -184,11 +184,13 @@ class Children:
             if pause > 0 and memory.applied == wanted:
                 raise Contested(pause)
         if live is not None and action is Action.RECREATE:
+            if memory.applied == wanted:
+                self._note_repair(ref, memory)
             await self._kubernetes.delete(ref, uid=live["metadata"]["uid"])
             self._cache.forget(ref)
             raise Unavailable(f"{ref} is made anew", reason=WAITING)
-        # The same again: somebody has changed it, be it the hash itself.
-        drifted = live is not None and memory.applied == wanted and action is not Action.KEEP
+        # The same again: somebody has changed or deleted it, be it the hash alone.
+        drifted = memory.applied == wanted and action is not Action.KEEP
         if live is None or action is Action.APPLY:
             live = await self._kubernetes.apply(obj)
             self._cache.put(live)

@@ -71,7 +71,9 @@ def judge(rendered: Object, live: Object, settled: str | None) -> Action:
     if said != rendered["metadata"]["annotations"][HASH_ANNOTATION]:
         return Action.APPLY
     if settled is not None:
-        return Action.KEEP if footprint(live) == settled else Action.REPLACE
+        # A controller's note that the spec also sets is the spec's, and the footprint does not see it.
+        notes = covers(rendered["metadata"]["annotations"], live["metadata"].get("annotations", {}))
+        return Action.KEEP if notes and footprint(live) == settled else Action.REPLACE
     if not covers(rendered, live):
         return Action.APPLY
     return Action.REPLACE if next(additions(rendered, live), None) is not None else Action.KEEP
@@ -200,7 +202,7 @@ def replacement(rendered: Object, live: Object) -> Object:
         body["metadata"]["finalizers"] = metadata["finalizers"]
     for key, value in metadata.get("annotations", {}).items():
         if key.startswith(_CONTROLLER_ANNOTATIONS):
-            body["metadata"].setdefault("annotations", {})[key] = value
+            body["metadata"].setdefault("annotations", {}).setdefault(key, value)
     for name in _CONTROLLER_FIELDS.get(body["kind"], ()):
         if name in live:
             body[name] = live[name]

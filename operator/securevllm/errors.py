@@ -88,7 +88,7 @@ class Contested(OperatorError):  # noqa: N818 - says what it is
 
     def __init__(self, pause: float) -> None:
         self.pause = pause
-        super().__init__(f"somebody else keeps changing it; the next repair is in {pause:.0f} s")
+        super().__init__("somebody else keeps changing it; repairs are paused for moments")
 
 
 class ApiError(OperatorError):

@@ -69,10 +69,8 @@ class DefaultDeny:
     async def tidy(self, namespace: str) -> float | None:
         """Keep it while anybody needs it, then remove it; gives the seconds until the next look."""
         async with self._lock(namespace):
-            if self._users[namespace]:
-                return _AGAIN
             resources = bool(self._cache.all(SECURE_VLLM_DEPLOYMENT, namespace))
-            if resources or self._has_pods(namespace):
+            if resources or self._users[namespace] or self._has_pods(namespace):
                 self._empty_since.pop(namespace, None)
                 outcome = await self._bring(namespace)
                 if outcome.failures:

@@ -20,8 +20,8 @@ import structlog
 from securevllm.api import kinds
 from securevllm.api.kinds import KubeObject, Ref
 from securevllm.api.parse import Accepted, parse, parse_accepted
-from securevllm.children import Children, Outcome
-from securevllm.errors import ApiError, Conflict, NotFound, Problem, SpecError
+from securevllm.children import Children, Outcome, failed
+from securevllm.errors import ApiError, Conflict, InternalError, NotFound, Problem, SpecError
 from securevllm.gateways import ReadBack
 from securevllm.generate import Generator, Secrets, decode
 from securevllm.isolation import DefaultDeny
@@ -43,8 +43,10 @@ if TYPE_CHECKING:
 log = structlog.stdlib.get_logger(__name__)
 
 _RESYNC = 300.0
+_LOOK_AGAIN = 10.0
 
-_PRUNED = frozenset({kinds.NETWORK_POLICY, kinds.DEPLOYMENT, kinds.SERVICE, kinds.JOB, kinds.POD_DISRUPTION_BUDGET})
+_PRUNED_FIRST = frozenset({kinds.NETWORK_POLICY, kinds.JOB})
+_PRUNED = frozenset({kinds.DEPLOYMENT, kinds.SERVICE, kinds.POD_DISRUPTION_BUDGET})
 _PRUNED_LATE = frozenset({kinds.CONFIG_MAP, kinds.SECRET, kinds.SERVICE_ACCOUNT})
 """What pods refer to stays until no pod of an older template is left. Claims and generated Secrets stay for good."""
 
@@ -152,7 +154,14 @@ class Reconciler:
         if wanted is None:
             await self._report(resource, facts)
             return _RESYNC
-        facts, again = await self._bring(resource, owner, wanted, held, facts)
+        try:
+            facts, again = await self._bring(resource, owner, wanted, held, facts)
+        except (ValueError, InternalError):
+            if not problems:
+                raise
+            # Accepted by an earlier release, and not to be rendered by this one.
+            log.exception("the accepted spec cannot be rendered")
+            facts, again = replace(facts, fallback=False, lost=True), _RESYNC
         await self._report(resource, facts)
         return again
 
@@ -223,18 +232,32 @@ class Reconciler:
                 missing.append(f"Secret {name} ({field}) cannot be looked for: {error}.")
         return tuple(missing)
 
-    async def _fetched(self, owner: Owner, spec: api.Spec) -> frozenset[str]:
+    def _fetched(self, owner: Owner, spec: api.Spec) -> frozenset[str]:
         """The fetch Job, when it is complete and its volume is still the one that it filled."""
-        job = self._cache.get(Ref(kinds.JOB, owner.namespace, fetch.job_name(owner, spec)))
-        if job is None or not read_fetch(job).done:
-            return frozenset()
-        claim = self._cache.get(Ref(kinds.PERSISTENT_VOLUME_CLAIM, owner.namespace, owner.child("model")))
-        if claim is not None and claim["metadata"]["creationTimestamp"] > job["metadata"]["creationTimestamp"]:
-            log.info("the volume is newer than its download: fetching again")
-            await self._kubernetes.delete(Ref.of(job), uid=job["metadata"]["uid"])
-            self._cache.forget(Ref.of(job))
+        job = self._job(owner, spec)
+        if job is None or not read_fetch(job).done or self._volume_is_newer(owner, job):
             return frozenset()
         return frozenset([job["metadata"]["name"]])
+
+    def _volume_is_newer(self, owner: Owner, job: KubeObject) -> bool:
+        claim = self._cache.get(Ref(kinds.PERSISTENT_VOLUME_CLAIM, owner.namespace, owner.child("model")))
+        return claim is not None and bool(claim["metadata"]["creationTimestamp"] > job["metadata"]["creationTimestamp"])
+
+    def _job(self, owner: Owner, spec: api.Spec) -> KubeObject | None:
+        return self._cache.get(Ref(kinds.JOB, owner.namespace, fetch.job_name(owner, spec)))
+
+    async def _refetch(self, owner: Owner, spec: api.Spec) -> Outcome:
+        """Make the download anew when its volume was."""
+        job = self._job(owner, spec) if fetch.job(owner, spec) is not None else None
+        if job is None or not read_fetch(job).done or not self._volume_is_newer(owner, job):
+            return Outcome()
+        log.info("the volume is newer than its download: fetching again")
+        try:
+            await self._kubernetes.delete(Ref.of(job), uid=job["metadata"]["uid"])
+        except ApiError as error:
+            return failed(job, error)
+        self._cache.forget(Ref.of(job))
+        return Outcome()
 
     # -------------------------------------------------------------------------------------------------------- bring
 
@@ -256,23 +279,31 @@ class Reconciler:
                 Observed(
                     client_keys=clients.judged.keys,
                     pins=held.kept.pins if held.kept else {},
-                    fetched=await self._fetched(owner, spec),
+                    fetched=self._fetched(owner, spec),
                     restart_at=resource["metadata"].get("annotations", {}).get(RESTART_ANNOTATION, ""),
                     engine_key=key.get(engine.KEY, b""),
                     seal_key=key.get(engine.SEAL, held.seal_key),
                 ),
             )
-            outcome = deny + made.outcome
+            isolation = deny
             if not deny.failures:
-                outcome += await self._children.bring(rendered.isolation, owner.uid, component=ISOLATION)
-            settled = not outcome.failures
-            if settled:
-                # What cannot be read is not revoked: the keys that are served stay.
-                unread = owner.child(gateway.AUTH_SUFFIX) if clients.unreadable else ""
-                configuration = [item for item in rendered.configuration if item["metadata"]["name"] != unread]
-                outcome += await self._children.bring(configuration, owner.uid)
-                if not outcome.of("operator", f"ConfigMap {accepted.name(owner)}"):
-                    outcome += await self._children.bring(rendered.workloads, owner.uid)
+                isolation += await self._children.bring(rendered.isolation, owner.uid, component=ISOLATION)
+            held_back = self._held_back(owner, made, clients)
+            # Keys open no way through the network: a revocation does not wait for anything.
+            ready = [
+                item
+                for item in rendered.configuration
+                if (item["kind"], item["metadata"]["name"]) not in held_back
+                and (not isolation.failures or item["metadata"]["name"] == owner.child(gateway.AUTH_SUFFIX))
+            ]
+            configuration = await self._children.bring(ready, owner.uid)
+            kept = not configuration.of("operator", f"ConfigMap {accepted.name(owner)}")
+            runs = not isolation.failures and kept and Made.ENGINE_KEY in made.data
+            workloads = Outcome()
+            if runs:
+                workloads = await self._refetch(owner, spec)
+                workloads += await self._children.bring(rendered.workloads, owner.uid)
+            outcome = isolation + made.outcome + configuration + workloads
         found = replace(
             facts,
             suspended=spec.suspend,
@@ -288,30 +319,50 @@ class Reconciler:
             version=str(wanted.version),
             verification=spec.security.verification.mode,
         )
+        if runs and not workloads.failures:
+            outcome += await self._prune(owner, rendered, found, everything=not outcome.failures)
         looked: float | None = None
-        if settled and not outcome.failures:
-            outcome += await self._prune(owner, rendered, found)
-        if settled and not outcome.of(gateway.ROLE) and not clients.unreadable:
+        files = [f"ConfigMap {owner.child(gateway.XDS_SUFFIX)}", f"Secret {owner.child(gateway.AUTH_SUFFIX)}"]
+        written = not isolation.failures and not any(configuration.of(gateway.ROLE, name) for name in files)
+        if written and ("Secret", owner.child(gateway.AUTH_SUFFIX)) not in held_back:
             served, looked = await self._read_back.look(owner, rendered, found.engine.ready if found.engine else 0)
             found = replace(found, served=served)
+        tls, unfetched = await asyncio.gather(
+            self._missing(owner, {"gateway.tls": spec.gateway.tls.secret_name}),
+            self._missing(owner, _engine_secrets(spec, found)),
+        )
         found = replace(
             found,
             failures=outcome.failures,
-            missing=clients.missing + await self._missing(owner, {"gateway.tls": spec.gateway.tls.secret_name}),
-            unfetched=await self._missing(owner, _engine_secrets(spec, found)),
+            missing=clients.missing + tls,
+            unfetched=unfetched,
         )
-        pauses = (_RESYNC, outcome.again, looked, self._generator.renewal(made))
+        # A Secret without our label is not watched: somebody who has just forgotten it will make it soon.
+        missing = _LOOK_AGAIN if found.missing or found.unfetched else None
+        pauses = (_RESYNC, outcome.again, looked, missing, self._generator.renewal(made))
         return found, min(pause for pause in pauses if pause is not None)
 
-    async def _prune(self, owner: Owner, rendered: Rendered, found: Facts) -> Outcome:
-        complete = all(item is not None and item.complete for item in (found.engine, found.gateway))
+    @staticmethod
+    def _held_back(owner: Owner, made: Secrets, clients: _Keys) -> set[tuple[str, str]]:
+        """Configuration that must stay as it is, because what goes into it could not be read or made."""
+        held = set()
+        if clients.unreadable or made.outcome.of(gateway.ROLE, f"Secret {owner.child(gateway.CLIENT_KEYS_SUFFIX)}"):
+            held.add(("Secret", owner.child(gateway.AUTH_SUFFIX)))
+        if Made.ENGINE_KEY not in made.data:
+            held |= {("ConfigMap", accepted.name(owner)), ("Secret", owner.child(gateway.AUTH_SUFFIX))}
+        return held
+
+    async def _prune(self, owner: Owner, rendered: Rendered, found: Facts, *, everything: bool) -> Outcome:
+        """What isolates or downloads for an older spec goes at once, the rest when nothing is amiss."""
+        wanted = _PRUNED_FIRST
+        if everything:
+            complete = all(item is not None and item.complete for item in (found.engine, found.gateway))
+            wanted |= _PRUNED | (_PRUNED_LATE if complete else frozenset())
         objects = (*rendered.objects(), *rendered.withheld)
         # Weights and keys are never thrown away because of an edit that may be a mistake.
         lasting = {Ref(kinds.SECRET, owner.namespace, name) for name in gateway.generated_names(owner)}
         lasting |= {Ref(kinds.SECRET, owner.namespace, engine.key_secret(owner))}
-        return await self._children.prune(
-            owner.uid, {Ref.of(obj) for obj in objects} | lasting, _PRUNED | (_PRUNED_LATE if complete else frozenset())
-        )
+        return await self._children.prune(owner.uid, {Ref.of(obj) for obj in objects} | lasting, wanted)
 
     def _workload(self, owner: Owner, role: str) -> Workload | None:
         live = self._cache.get(Ref(kinds.DEPLOYMENT, owner.namespace, owner.child(role)))
@@ -320,8 +371,7 @@ class Reconciler:
     def _fetch(self, owner: Owner, spec: api.Spec) -> Fetch | None:
         if fetch.job(owner, spec) is None:
             return None
-        job = self._cache.get(Ref(kinds.JOB, owner.namespace, fetch.job_name(owner, spec)))
-        return read_fetch(job, self._pods(owner, fetch.ROLE))
+        return read_fetch(self._job(owner, spec), self._pods(owner, fetch.ROLE))
 
     def _pods(self, owner: Owner, role: str) -> list[KubeObject]:
         wanted = owner.selector(role).items()

@@ -72,7 +72,7 @@ class Rendered:
         generated: Secrets that are made once.
         configuration: wave 2.
         workloads: wave 3.
-        withheld: workloads that must neither be changed nor pruned now, because their model is not there yet.
+        withheld: workloads that are not made yet, because their model is not there; what exists of them stays.
         outdated: workloads that a fresh rendering would change.
         gateway_files: Envoy file name to text, without keys.
         keys_file: text of the file with the client keys; empty without authentication.
@@ -128,11 +128,14 @@ def render(owner: Owner, accepted: Accepted, context: Context, observed: Observe
     keys_file = envoy.api_keys_file(observed.client_keys, observed.seal_key) if model.authentication else ""
     started_with = engine.StartedWith(observed.restart_at, kept.fingerprint(observed.seal_key, observed.engine_key))
 
+    job = fetch.job(owner, spec)
+    waiting = job is not None and fetch.job_name(owner, spec) not in observed.fetched and not spec.suspend
+    running = observed.pins.get(engine.ROLE)
     settled = {
         engine.ROLE: kept.settle(
             engine.template(owner, spec, topology, started_with),
             engine.inputs(accepted.raw, started_with),
-            observed.pins.get(engine.ROLE),
+            running,
             spec.update_policy,
         ),
         gateway.ROLE: kept.settle(
@@ -142,11 +145,14 @@ def render(owner: Owner, accepted: Accepted, context: Context, observed: Observe
             spec.update_policy,
         ),
     }
-    job = fetch.job(owner, spec)
-    waiting = job is not None and fetch.job_name(owner, spec) not in observed.fetched and not spec.suspend
+    withheld = waiting and running is None
+    if waiting and running is not None:
+        # The old engines go on, and are cared for, until the new model is there.
+        settled[engine.ROLE] = kept.Settled(running, outdated=False)
     engines = engine.deployment(owner, spec, settled[engine.ROLE].pin.template)
     gateways = gateway.deployment(owner, spec, settled[gateway.ROLE].pin.template)
-    memory = kept.Kept(accepted.raw, {name: item.pin for name, item in settled.items()})
+    pins = {name: item.pin for name, item in settled.items() if not (withheld and name == engine.ROLE)}
+    memory = kept.Kept(accepted.raw, pins)
 
     configuration = [
         kept.config_map(owner, memory, observed.seal_key),
@@ -158,7 +164,7 @@ def render(owner: Owner, accepted: Accepted, context: Context, observed: Observe
         gateway.disruption_budget(owner, spec),
         fetch.claim(owner, spec),
     ]
-    workloads = [job, gateways, *([] if waiting else [engines])]
+    workloads = [job, gateways, *([] if withheld else [engines])]
     return Rendered(
         topology=topology,
         deny=stamp(policies.default_deny(owner.namespace)),
@@ -166,7 +172,7 @@ def render(owner: Owner, accepted: Accepted, context: Context, observed: Observe
         generated=tuple(generated(owner, accepted, context)),
         configuration=tuple(stamp(item) for item in configuration if item is not None),
         workloads=tuple(stamp(item) for item in workloads if item is not None),
-        withheld=(engines,) if waiting else (),
+        withheld=(engines,) if withheld else (),
         outdated=tuple(name for name, item in settled.items() if item.outdated),
         gateway_files=files,
         keys_file=keys_file,

@@ -71,7 +71,8 @@ def _fetching(facts: Facts) -> Verdict | None:
     if fetch is None or fetch.done:
         return None
     if fetch.failure:
-        return _no("FetchFailed", f"The model could not be downloaded: {fetch.failure}")
+        told = f"The model could not be downloaded: {fetch.failure}. {fetch.trouble}".rstrip()
+        return _no("FetchFailed", f"{told} Change the spec, or delete the Job to try again.")
     told = "The fetch Job downloads the model; engines start when it is complete."
     return _no("FetchingModel", f"{told} {fetch.trouble}".rstrip())
 
