@@ -168,11 +168,12 @@ def _is_note(path: str, name: str) -> bool:
     return path == ".spec.template.metadata.annotations" and name == RESTARTED_AT
 
 
-def footprint(live: Object) -> str:
-    """Hash of everything that only we, or drift, would change."""
+def footprint(rendered: Object, live: Object) -> str:
+    """Hash of everything that only we, or drift, would change; a note that we render is ours, whoever else writes it."""
     metadata = {key: value for key, value in live["metadata"].items() if key not in (*_SERVER_METADATA, "finalizers")}
     notes = metadata.get("annotations", {})
-    metadata["annotations"] = {k: v for k, v in notes.items() if not k.startswith(_CONTROLLER_ANNOTATIONS)}
+    ours = rendered["metadata"].get("annotations", {})
+    metadata["annotations"] = {k: v for k, v in notes.items() if k in ours or not k.startswith(_CONTROLLER_ANNOTATIONS)}
     ignored = _CONTROLLER_FIELDS.get(live["kind"], frozenset()) | {"metadata", "status"}
     body = {key: value for key, value in live.items() if key not in ignored}
     restarted = _restarted_at(live)

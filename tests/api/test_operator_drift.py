@@ -319,6 +319,20 @@ def test_what_controllers_of_the_platform_note_in_a_child_stays(kube: Kube, name
     kube.patch(service, {"metadata": {"finalizers": None}})
 
 
+@pytest.mark.parametrize("value", ["internet-facing", None], ids=["changed", "removed"])
+def test_a_note_that_the_spec_itself_sets_is_put_right(kube: Kube, namespace: str, value: str | None) -> None:
+    scheme = "service.beta.kubernetes.io/aws-load-balancer-scheme"
+    service = {"type": "LoadBalancer", "annotations": {scheme: "internal"}}
+    gateway = {"service": service, "clients": {"cidrs": ["192.0.2.0/24"]}}
+    settled(kube, Ref.of(kube.create(resource(namespace, gateway=gateway))))
+    ref = Ref(SERVICE, namespace, "llama-gateway")
+    before = kube.get(ref)
+    assert before["metadata"]["annotations"][scheme] == "internal"
+
+    kube.patch(ref, {"metadata": {"annotations": {scheme: value}}})
+    eventually(is_repaired(kube, ref, before))
+
+
 @pytest.mark.parametrize(
     "fought",
     [
