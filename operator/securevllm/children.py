@@ -202,7 +202,7 @@ class Children:
             log.info("drift repaired", kind=ref.kind.kind, name=ref.name, added=added)
             live = await self._kubernetes.replace(drift.replacement(obj, live))
             self._cache.put(live)
-        memory.settled, memory.applied = drift.footprint(live), wanted
+        memory.settled, memory.applied = drift.footprint(obj, live), wanted
         if drifted:
             self._note_repair(ref, memory)
 

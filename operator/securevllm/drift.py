@@ -71,9 +71,7 @@ def judge(rendered: Object, live: Object, settled: str | None) -> Action:
     if said != rendered["metadata"]["annotations"][HASH_ANNOTATION]:
         return Action.APPLY
     if settled is not None:
-        # A controller's note that the spec also sets is the spec's, and the footprint does not see it.
-        notes = covers(rendered["metadata"]["annotations"], live["metadata"].get("annotations", {}))
-        return Action.KEEP if notes and footprint(live) == settled else Action.REPLACE
+        return Action.KEEP if footprint(rendered, live) == settled else Action.REPLACE
     if not covers(rendered, live):
         return Action.APPLY
     return Action.REPLACE if next(additions(rendered, live), None) is not None else Action.KEEP
@@ -169,7 +167,7 @@ def _is_note(path: str, name: str) -> bool:
 
 
 def footprint(rendered: Object, live: Object) -> str:
-    """Hash of everything that only we, or drift, would change; a note that we render is ours, whoever else writes it."""
+    """Hash of everything that only we, or drift, would change; an annotation that we render is ours."""
     metadata = {key: value for key, value in live["metadata"].items() if key not in (*_SERVER_METADATA, "finalizers")}
     notes = metadata.get("annotations", {})
     ours = rendered["metadata"].get("annotations", {})

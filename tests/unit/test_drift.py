@@ -217,7 +217,7 @@ def test_another_rendering_is_applied() -> None:
 
 
 def test_after_our_own_write_any_move_is_drift() -> None:
-    settled = footprint(live())
+    settled = footprint(rendered(), live())
     assert judge(rendered(), live(), settled) is Action.KEEP
     moved = changed(("spec", "template", "spec", "hostNetwork"), True)
     assert judge(rendered(), moved, settled) is Action.REPLACE
@@ -240,14 +240,14 @@ def test_what_is_made_once_is_never_replaced(kind: str, status: dict[str, Any], 
 
 
 def test_a_footprint_is_blind_to_what_servers_and_controllers_note() -> None:
-    before = footprint(live())
+    before = footprint(rendered(), live())
     noted = live(resourceVersion="8", generation=9, managedFields=[], finalizers=["x"])
     noted["metadata"]["annotations"]["deployment.kubernetes.io/revision"] = "4"
     noted["status"] = {"replicas": 1}
     restarted = changed(("spec", "template", "metadata", "annotations", "kubectl.kubernetes.io/restartedAt"), "now")
-    assert {footprint(noted), footprint(restarted)} == {before}
-    assert footprint(changed(("metadata", "annotations", "other"), "x")) != before
-    assert footprint(changed(("metadata", "labels", "other"), "x")) != before
+    assert {footprint(rendered(), noted), footprint(rendered(), restarted)} == {before}
+    assert footprint(rendered(), changed(("metadata", "annotations", "other"), "x")) != before
+    assert footprint(rendered(), changed(("metadata", "labels", "other"), "x")) != before
 
 
 def test_a_replacement_is_what_was_rendered_and_what_can_only_be_as_it_is() -> None:
