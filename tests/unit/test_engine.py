@@ -10,6 +10,7 @@ from securevllm import catalogue
 from securevllm.api.parse import parse
 from securevllm.context import Context
 from securevllm.render import Observed, Rendered, pods, render
+from securevllm.render.accepted import Pin
 from securevllm.render.envoy import ENGINE_KEEP_ALIVE_SECONDS
 from securevllm.render.meta import Object, Owner
 
@@ -19,7 +20,13 @@ HUB: dict[str, Any] = {"model": {"name": "a/b", "source": {"huggingFace": {}}}}
 
 
 def made(**spec: Any) -> Rendered:
-    observed = Observed(restart_at=spec.pop("restart_at", ""), fetched=spec.pop("fetched", frozenset()))
+    observed = Observed(
+        restart_at=spec.pop("restart_at", ""),
+        fetched=spec.pop("fetched", frozenset()),
+        pins=spec.pop("pins", {}),
+        engine_key=spec.pop("engine_key", b""),
+        seal_key=b"seal",
+    )
     return render(OWNER, parse("llama", {**LOCAL, **spec}), Context(), observed)
 
 
@@ -164,6 +171,24 @@ def job(**spec: Any) -> Object:
 
 def hub(**source: Any) -> dict[str, Any]:
     return {"model": {"name": "a/b", "source": {"huggingFace": source}}}
+
+
+def test_old_engines_go_on_as_they_are_while_a_new_model_comes() -> None:
+    old = engine(**HUB, fetched=frozenset({job()["metadata"]["name"]}))["spec"]["template"]
+    moved = {"model": {"name": "c/d", "source": {"huggingFace": {}}}}
+
+    waiting = made(**moved, pins={"engine": Pin("of the old model", old)}, replicas=1)
+
+    assert waiting.withheld == ()
+    assert workload("llama-engine", waiting)["spec"]["template"] == old
+    kept = next(obj for obj in waiting.configuration if obj["metadata"]["name"] == "llama-accepted")
+    assert '"inputs": "of the old model"' in kept["data"]["templates.json"]
+
+
+def test_another_engine_key_is_another_template_and_shows_nothing_of_the_key() -> None:
+    first, second = (engine(engine_key=key) for key in (b"a" * 32, b"b" * 32))
+    assert first["spec"]["template"] != second["spec"]["template"]
+    assert "a" * 32 not in str(first)
 
 
 def test_engines_wait_for_their_model_and_stay_when_it_is_there() -> None:
