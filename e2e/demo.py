@@ -170,7 +170,15 @@ def _install(kubectl: Kubectl, tell: Teller) -> None:
     first = [item for item in objects if item["kind"] in ("Namespace", "CustomResourceDefinition")]
     for part in (first, [item for item in objects if item not in first]):
         kubectl("apply", "--server-side", "-f", "-", stdin=yaml.safe_dump_all(part))
-    kubectl("wait", "--for=condition=Established", "--timeout=30s", "crd/securevllmdeployments.securevllm.io")
+
+    def served() -> bool:
+        # Not `kubectl wait`: it ends with an error while a new definition has no conditions at all.
+        status = kubectl.json("get", "crd", "securevllmdeployments.securevllm.io").get("status", {})
+        return any(
+            item["type"] == "Established" and item["status"] == "True" for item in status.get("conditions") or ()
+        )
+
+    _until(served, "the API server serves the new kind", tell)
     tell.line(f"applied {', '.join(sorted({item['kind'] for item in objects}))}")
 
 

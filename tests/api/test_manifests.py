@@ -14,6 +14,7 @@ import yaml
 from e2e.cluster import Cluster, running
 from securevllm.context import Context
 from securevllm.settings import Settings
+from tests.api.kube import eventually
 
 pytestmark = pytest.mark.cluster
 
@@ -56,7 +57,9 @@ def test_one_command_installs(installed: tuple[str, Cluster]) -> None:
 
 def test_samples_are_taken(installed: tuple[str, Cluster]) -> None:
     _, cluster = installed
-    kubectl(cluster, "wait", "--for=condition=Established", "crd/securevllmdeployments.securevllm.io", "--timeout=30s")
+    wait = ["wait", "--for=condition=Established", "crd/securevllmdeployments.securevllm.io", "--timeout=30s"]
+    # kubectl ends with an error while a new definition has no conditions at all.
+    eventually(lambda: kubectl(cluster, *wait, check=False).returncode == 0)
     for sample in SAMPLES:
         taken = kubectl(cluster, "apply", "--dry-run=server", "--validate=strict", "-n", "llm", "-f", str(sample))
         assert "Warning" not in taken.stderr, f"{sample.name}: {taken.stderr}"
