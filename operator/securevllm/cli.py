@@ -285,6 +285,9 @@ def _resources(stream: TextIO) -> Iterator[dict[str, Any]]:
                 f"{stream.name} holds {document.get('apiVersion')} {document.get('kind')}; this command takes"
                 f" {api.API_VERSION} {api.KIND}"
             )
+        for part in ("metadata", "spec"):
+            if not isinstance(document.get(part) or {}, dict):
+                _wrong(f"{stream.name}: {part} is {type(document[part]).__name__}, not a mapping")
         yield document
 
 

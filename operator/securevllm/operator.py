@@ -205,7 +205,13 @@ class _Process:
             )
             session = await stack.enter_async_context(aiohttp.ClientSession(trust_env=False))
             process = cls(settings, kubernetes, elector, session, metrics)
-            await stack.enter_async_context(process.server())
+            try:
+                await stack.enter_async_context(process.server())
+            except OSError as error:
+                where = f"{settings.http_host}:{settings.http_port}"
+                raise OperatorError(
+                    f"cannot listen on {where} ({error.strerror}): choose another --http-port"
+                ) from error
             yield process
 
     def server(self) -> HttpServer:

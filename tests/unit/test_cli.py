@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import socket
+import subprocess
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -90,6 +93,8 @@ def test_a_restart_that_the_user_asked_for_is_in_the_template() -> None:
         ("a: [", "is not YAML"),
         ("", "holds no object"),
         ("- a", "holds list, not a Kubernetes object"),
+        ("{apiVersion: securevllm.io/v1alpha1, kind: SecureVLLMDeployment, metadata: x}", "metadata is str, not a"),
+        ("{apiVersion: securevllm.io/v1alpha1, kind: SecureVLLMDeployment, spec: [1]}", "spec is list, not a"),
         ("{apiVersion: v1, kind: Pod}", "holds v1 Pod; this command takes securevllm.io/v1alpha1"),
     ],
 )
@@ -222,3 +227,22 @@ def test_explain_refuses_what_is_no_resource() -> None:
     result = run("explain", "-f", "-", stdin="{apiVersion: v1, kind: Pod}")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "this command takes securevllm.io/v1alpha1" in result.stderr
+
+
+def test_a_port_in_use_is_named_with_the_way_out(tmp_path: Path) -> None:
+    kubeconfig = tmp_path / "kubeconfig"
+    cluster = {"name": "k", "cluster": {"server": "https://127.0.0.1:1"}}
+    user, context = {"name": "u", "user": {"token": "x"}}, {"name": "c", "context": {"cluster": "k", "user": "u"}}
+    parts = {"clusters": [cluster], "users": [user], "contexts": [context], "current-context": "c"}
+    kubeconfig.write_text(json.dumps({"apiVersion": "v1", "kind": "Config", **parts}), encoding="utf-8")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        command = [sys.executable, "-m", "securevllm", "run", "--kubeconfig", str(kubeconfig)]
+        done = subprocess.run(  # noqa: S603 - our own program
+            [*command, "--http-host", "127.0.0.1", "--http-port", port],
+            capture_output=True, text=True, check=False, timeout=30, env={"PYTHONPATH": str(ROOT / "operator")},
+        )  # fmt: skip
+    assert done.returncode == 1
+    assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+    assert "--http-port" in done.stderr
+    assert "Traceback" not in done.stderr
