@@ -29,7 +29,7 @@ from securevllm.context import Context
 from securevllm.drift import additions, covers
 from securevllm.render import Observed, Rendered, engine, fetch, gateway, keys, render
 from securevllm.render.meta import DENY_NAME, Owner
-from tests.api.audit import Audit, Request
+from tests.api.audit import WRITES, Audit, Request
 from tests.api.children import bare, children, defaulted
 from tests.api.kube import Kube, Refused
 from tests.api.operator_process import OPERATOR_NAMESPACE, PATHS, ROOT, SERVICE_ACCOUNT, OperatorProcess, install
@@ -224,6 +224,7 @@ def policies_before_pods(requests: Sequence[Request], users: set[str]) -> list[s
 
     A policy that a person deletes counts as there: no operator can close the moment between the deletion and its own
     next look, and the default-deny is what isolates then. A resource that is created (by apply) begins without any.
+    A write that the server broke off (5xx: its client was killed) may have reached the storage all the same.
 
     Args:
         requests: all requests to one namespace, of everybody, in the order of the audit log.
@@ -232,7 +233,12 @@ def policies_before_pods(requests: Sequence[Request], users: set[str]) -> list[s
     made: set[str] = set()
     told = []
     for request in requests:
-        if not request.done or request.subresource:
+        if request.subresource or request.verb not in WRITES:
+            continue
+        unsure = request.code >= httpx.codes.INTERNAL_SERVER_ERROR
+        if unsure and request.resource == "networkpolicies" and request.verb != "delete":
+            made.add(request.name)
+        if not request.done:
             continue
         if request.resource == "securevllmdeployments" and request.code == httpx.codes.CREATED:
             made -= {f"{request.name}-{role}" for role in ("engine", "gateway", "fetch")}
