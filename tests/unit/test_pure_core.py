@@ -15,7 +15,7 @@ CORE = sorted(
     path.relative_to(ROOT)
     for pattern in (
         *("api/*.py", "catalogue/*.py", "render/*.py", "status/*.py", "explain/*.py"),
-        *("context.py", "drift.py", "topology.py"),
+        *("context.py", "drift.py", "netpol.py", "topology.py"),
     )
     for path in ROOT.glob(pattern)
 )
