@@ -233,12 +233,7 @@ def policies_before_pods(requests: Sequence[Request], users: set[str]) -> list[s
     made: set[str] = set()
     told = []
     for request in requests:
-        if request.subresource or request.verb not in WRITES:
-            continue
-        unsure = request.code >= httpx.codes.INTERNAL_SERVER_ERROR
-        if unsure and request.resource == "networkpolicies" and request.verb != "delete":
-            made.add(request.name)
-        if not request.done:
+        if request.subresource or request.verb not in WRITES or not _counts(request):
             continue
         if request.resource == "securevllmdeployments" and request.code == httpx.codes.CREATED:
             made -= {f"{request.name}-{role}" for role in ("engine", "gateway", "fetch")}
@@ -253,6 +248,11 @@ def policies_before_pods(requests: Sequence[Request], users: set[str]) -> list[s
                 what = f"{request.verb} {request.resource} {request.name}"
                 told.append(f"{what} at {request.began}: no {', '.join(sorted(missing))}")
     return told
+
+
+def _counts(request: Request) -> bool:
+    broken_off = request.code >= httpx.codes.INTERNAL_SERVER_ERROR
+    return request.done or (broken_off and request.resource == "networkpolicies" and request.verb != "delete")
 
 
 def real_gateways() -> Runner:
