@@ -65,6 +65,10 @@ lock: setup ## write requirements/*.lock from pyproject.toml; UPGRADE=1 takes th
 bench: setup ## measure; prints one table per benchmark
 	@$(BIN)/python -m bench
 
+.PHONY: e2e-deps
+e2e-deps: setup ## build and install what a cluster with nodes needs (Linux, root; about 25 minutes, once)
+	@$(BIN)/python -m e2e.cluster deps
+
 .PHONY: clean
 clean: ## remove .venv, build/ and caches of this folder; the Kubernetes programs stay in the user's cache
 	@rm -rf .venv build .coverage .coverage.* .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache

@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
+import time
+from pathlib import Path
 
-from e2e.cluster import lifecycle
-from e2e.cluster.binaries import KUBE_APISERVER, KUBE_CONTROLLER_MANAGER, binaries_folder, build
+from e2e.cluster import lifecycle, nodes
+from e2e.cluster.binaries import CONTROL_PLANE, binaries_folder, build, find_or_build
 from e2e.cluster.errors import ClusterError
+from e2e.cluster.paths import cache_folder
 
 DEFAULT_NAME = "default"
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Run one command and return the exit code: 0 done, 1 not possible (the reason is on stderr), 2 wrong usage."""
     parser = argparse.ArgumentParser(prog="python -m e2e.cluster", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
@@ -21,13 +24,32 @@ def main(arguments: list[str]) -> int:
         ("up", _up, "start a cluster that stays until `down`, and say how to use it"),
         ("down", _down, "stop a cluster: exactly the processes that `up` started"),
         ("env", _env, 'print shell exports: eval "$(python -m e2e.cluster env)"'),
-        ("status", _status, "list the clusters of this machine and user"),
-        ("build", _build, "build the programs now (4 to 10 minutes with empty Go caches, once)"),
+        ("status", _status, "list the clusters of this machine and user, with their nodes"),
+        ("load-image", _load_image, "import docker-archive files (docker save, buildah push) into every node"),
+        ("build", _build, "build the programs of the control plane now (4 to 10 minutes with empty Go caches, once)"),
+        ("deps", _dependencies, "build, install and pack all that nodes need, now (about 25 minutes, once)"),
     ):
-        subparser = commands.add_parser(command, help=description)
+        subparser = commands.add_parser(command, help=description, description=description)
         subparser.set_defaults(run=run)
-        if run in {_up, _down, _env}:
-            subparser.add_argument("--name", default=DEFAULT_NAME)
+        if run in {_up, _down, _env, _load_image}:
+            subparser.add_argument("--name", default=DEFAULT_NAME, help="of the cluster (default: %(default)s)")
+        if run is _up:
+            subparser.add_argument(
+                "--nodes",
+                type=int,
+                default=0,
+                choices=range(9),
+                metavar="N",
+                help="real nodes (Linux, root), up to 8; none by default: an API server alone",
+            )
+            subparser.add_argument(
+                "--cni",
+                default="cilium",
+                choices=("cilium", "bridge"),
+                help="network plugin: cilium enforces NetworkPolicies, bridge does not (default: %(default)s)",
+            )
+        if run is _load_image:
+            subparser.add_argument("file", nargs="+", type=Path)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -41,11 +63,15 @@ def main(arguments: list[str]) -> int:
 
 
 def _up(options: argparse.Namespace) -> None:
-    cluster = lifecycle.load(options.name) or lifecycle.start(options.name, owner=None, progress=_say)
+    cluster = lifecycle.load(options.name) or lifecycle.start(
+        options.name, owner=None, progress=_say, node_count=options.nodes, cni=options.cni
+    )
     print(f"cluster {cluster.name}: Kubernetes {cluster.version} ({cluster.provider}) at {cluster.server}")
     print(f"  kubectl --kubeconfig {cluster.kubeconfig} get namespaces")
     print(f'  eval "$(python -m e2e.cluster env --name {cluster.name})"    for this shell, tests included')
     print(f"  logs and audit log: {cluster.folder}")
+    if cluster.nodes:
+        print(f"  a shell in a node: {' '.join(cluster.nodes[0].command('sh'))}")
     print(f"  python -m e2e.cluster down --name {cluster.name}")
 
 
@@ -55,10 +81,7 @@ def _down(options: argparse.Namespace) -> None:
 
 
 def _env(options: argparse.Namespace) -> None:
-    cluster = lifecycle.load(options.name)
-    if cluster is None:
-        raise ClusterError(f"cluster {options.name} does not run: python -m e2e.cluster up --name {options.name}")
-    path = shlex.quote(str(cluster.kubeconfig))
+    path = shlex.quote(str(_running(options.name).kubeconfig))
     # No comments behind them: zsh does not take any in `eval`.
     print(f"export KUBECONFIG={path}\nexport SVLLM_KUBECONFIG={path}")
 
@@ -67,11 +90,35 @@ def _status(_options: argparse.Namespace) -> None:
     for name in lifecycle.names():
         cluster = lifecycle.load(name)
         print(f"{name}: {f'{cluster.provider} {cluster.version} {cluster.server}' if cluster else 'not running'}")
+        for node in cluster.nodes if cluster else ():
+            print(f"  {node.name} {node.ip} {node.cni} {node.folder}")
+
+
+def _load_image(options: argparse.Namespace) -> None:
+    cluster = _running(options.name)
+    for file in options.file:
+        cluster.load_archive(file)
+        print(f"{file}: imported into {cluster.name}")
 
 
 def _build(_options: argparse.Namespace) -> None:
-    build([KUBE_APISERVER, KUBE_CONTROLLER_MANAGER], _say)
+    build(CONTROL_PLANE, _say)
     print(f"built: {binaries_folder()}")
+
+
+def _dependencies(_options: argparse.Namespace) -> None:
+    began = time.monotonic()
+    nodes.check_machine()
+    find_or_build(_say)
+    nodes.prepare("cilium", _say)
+    print(f"all that nodes need is in {cache_folder()} ({time.monotonic() - began:.0f} s)")
+
+
+def _running(name: str) -> lifecycle.Cluster:
+    cluster = lifecycle.load(name)
+    if cluster is None:
+        raise ClusterError(f"cluster {name} does not run: python -m e2e.cluster up --name {name}")
+    return cluster
 
 
 def _say(line: str) -> None:
@@ -79,4 +126,4 @@ def _say(line: str) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

