@@ -62,7 +62,7 @@ def filled(value: Any, words: str) -> Any:
             return tuple(filled(item, words) for item in value)
         case explain.View() | Fact() | Flow() | Peer() | Pods() | Route() | BlindSpot() | PortRule() | Socket():
             return replace(value, **{field.name: filled(getattr(value, field.name), words) for field in fields(value)})
-        case int():
+        case int() | None:
             return value
     raise AssertionError(type(value))
 

@@ -107,7 +107,7 @@ def clients(**peers: Any) -> tuple[Any, ...]:
     return tuple(
         peer
         for flow in found.flows
-        if flow.source == Outside.CLIENTS and isinstance(flow, Inbound)
+        if isinstance(flow, Inbound) and flow.source == Outside.CLIENTS
         for peer in flow.peers
     )
 

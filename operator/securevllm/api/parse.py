@@ -10,7 +10,6 @@ import ipaddress
 import itertools
 import json
 import re
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.alias_generators import to_camel
 
 from securevllm import catalogue
-from securevllm.api import guard
+from securevllm.api import guard, layout
 from securevllm.api import types as api
 from securevllm.api.addresses import IPV4_MAPPED, is_public
 from securevllm.api.applicable import unapplicable
@@ -158,18 +157,10 @@ def _name_problems(name: str) -> Iterator[Problem]:
         )
 
 
-_OPEN_PORT = "api"
-"""The one port of an engine that is a pod of its own (catalogue/data/sockets.toml, ``when = "single"``)."""
-
-
 def _not_supported(spec: api.Spec) -> Iterator[Problem]:
-    parallelism, security, gateway = spec.parallelism, spec.security, spec.gateway
+    security, gateway = spec.security, spec.gateway
     source = spec.model.source
     later: list[tuple[str, bool, str]] = [
-        ("spec.parallelism.nodes", parallelism.nodes > 1, "use tensor and pipeline within one pod"),
-        ("spec.parallelism.data", parallelism.data is not None, "use replicas: the gateway balances over them"),
-        ("spec.parallelism.expert", parallelism.expert, "leave it out"),
-        ("spec.disaggregation", spec.disaggregation is not None, "leave it out"),
         ("spec.model.source.image", source is not None and source.image is not None, "use persistentVolumeClaim"),
         ("spec.engine.volumes", bool(spec.engine.volumes), "put the files into the image"),
         (
@@ -191,10 +182,6 @@ def _not_supported(spec: api.Spec) -> Iterator[Problem]:
             "spec.security.verification.interval",
             "interval" in security.verification.model_fields_set,
             "leave it out: isolation is not measured yet",
-        ),
-        *(
-            (f"spec.ports.{name}", name != _OPEN_PORT, "leave it out: no pod of this release opens it")
-            for name in spec.ports.model_dump(by_alias=True, exclude_none=True)
         ),
     ]
     for field, asked, instead in later:
@@ -246,13 +233,14 @@ def _hub(spec: api.Spec) -> Iterator[Problem]:
     hub = spec.model.source.hugging_face if spec.model.source is not None else None
     if hub is None:
         return
-    if hub.storage.claim_name is None and spec.replicas > 1:
+    pods = layout.engine_pods(spec)
+    if hub.storage.claim_name is None and pods > 1:
         shared = {"ReadWriteMany", "ReadOnlyMany"} & set(hub.storage.access_modes)
         if not shared:
             yield Problem(
                 "spec.model.source.huggingFace.storage.accessModes",
                 "StorageNotShared",
-                f"{spec.replicas} replicas on several nodes cannot mount a ReadWriteOnce volume",
+                f"{pods} pods on several nodes cannot mount a ReadWriteOnce volume",
                 "Use accessModes: [ReadWriteMany] with a storage class that has it, or replicas: 1.",
                 ", ".join(hub.storage.access_modes),
             )
@@ -323,34 +311,6 @@ def _limits(spec: api.Spec) -> Iterator[Problem]:
             yield Problem(f"spec.gateway.{field}", "InvalidSpec", told, "Write for example 128Mi.", str(value))
 
 
-def _world(spec: api.Spec) -> Iterator[Problem]:
-    """The GPUs of the pod are those of the parallelism, or none at all (a CPU engine)."""
-    resources = spec.engine.resources
-    if resources is None:
-        return
-    gpus = {name: value for name, value in (resources.requests | resources.limits).items() if guard.is_gpu(name)}
-    world = spec.parallelism.tensor * spec.parallelism.pipeline
-    if len(gpus) > 1:
-        yield Problem(
-            "spec.engine.resources",
-            "InvalidSpec",
-            "one kind of GPU per pod",
-            "Keep one of them.",
-            ", ".join(sorted(gpus)),
-        )
-    for name in gpus:
-        # Kubernetes wants a limit for an extended resource, and the request, if there is one, equal to it.
-        for part, value in (("limits", resources.limits.get(name, 0)), ("requests", resources.requests.get(name))):
-            if value is not None and str(value) != str(world):
-                yield Problem(
-                    f"spec.engine.resources.{part}.{name}",
-                    "InvalidSpec",
-                    f"tensor x pipeline needs {world} GPUs in the pod",
-                    f"Write {world}, or leave resources out.",
-                    str(value),
-                )
-
-
 def _exclusive(spec: api.Spec) -> Iterator[Problem]:
     """Blocks of which only one may be set; the weaker one would win silently."""
     authentication, tls = spec.gateway.authentication, spec.gateway.tls
@@ -364,23 +324,6 @@ def _exclusive(spec: api.Spec) -> Iterator[Problem]:
     ):
         if sum(value is not None for value in values) > 1:
             yield Problem(field, "InvalidSpec", f"at most one of {names}", "Keep one of them.")
-
-
-def _ports(spec: api.Spec) -> Iterator[Problem]:
-    """Two sockets that meet on a pod need two ports."""
-    rows = {row.spec: row.port for row in catalogue.sockets().values() if row.spec == _OPEN_PORT}
-    chosen = spec.ports.model_dump(by_alias=True, exclude_none=True)
-    ports = rows | chosen
-    for port, count in Counter(ports.values()).items():
-        if count > 1:
-            names = sorted(name for name, value in ports.items() if value == port)
-            yield Problem(
-                f"spec.ports.{next(name for name in names if name in chosen)}",
-                "PortConflict",
-                f"{' and '.join(names)} would listen on the same port",
-                "Choose another port for one of them.",
-                str(port),
-            )
 
 
 def _without_effect(spec: api.Spec) -> Iterator[Problem]:
@@ -460,10 +403,11 @@ _CHECKS: tuple[Callable[[api.Spec], Iterator[Problem]], ...] = (
     _hub,
     _quantities,
     _limits,
-    _world,
+    layout.world,
     _exclusive,
     unapplicable,
-    _ports,
+    layout.blocks,
+    layout.ports,
     _without_effect,
     _clients,
     _egress,
@@ -530,7 +474,11 @@ def _routes(spec: api.Spec, version: catalogue.Version) -> Iterator[Problem]:
             )
 
 
-_VERSION_CHECKS: tuple[Callable[[api.Spec, catalogue.Version], Iterator[Problem]], ...] = (_version, _routes)
+_VERSION_CHECKS: tuple[Callable[[api.Spec, catalogue.Version], Iterator[Problem]], ...] = (
+    _version,
+    _routes,
+    layout.versions,
+)
 
 
 def _risks(spec: api.Spec) -> Iterator[str]:

@@ -217,6 +217,9 @@ class ModelSpec(Model):
     )
 
 
+Argument = Annotated[str, Field(max_length=1024, pattern=r"^--[a-z0-9-]+(=[A-Za-z0-9._:/+-]*)?$")]
+
+
 # ---------------------------------------------------------------------------------------------------------- topology
 
 
@@ -242,12 +245,13 @@ class Parallelism(Model):
         1, description="Groups of layers one after the other (--pipeline-parallel-size)."
     )
     nodes: Annotated[int, Field(ge=1, le=64)] = Field(
-        1, description="Pods of one model replica (--nnodes). More than 1 is not supported yet."
+        1,
+        description="Pods of one model replica (--nnodes). More than 1: they are a group that starts and ends as one.",
     )
     expert: bool = Field(
-        False, description="Spread experts instead of layers (--enable-expert-parallel). Not supported yet."
+        False, description="Spread experts over tensor and data-parallel ranks (--enable-expert-parallel)."
     )
-    data: DataParallel | None = Field(None, description="Data parallelism within a replica. Not supported yet.")
+    data: DataParallel | None = Field(None, description="Data parallelism within a replica.")
 
 
 class DisaggregatedRole(Model):
@@ -260,12 +264,14 @@ class DisaggregatedRole(Model):
 
 
 class RouterSpec(Model):
-    """The router between gateway and the two sides."""
+    """The router between gateway and the two sides: vllm-router, as dangerous as an engine."""
 
-    image: Image = Field(description="Image of vllm-router.")
-    args: Annotated[tuple[Word, ...], Field(json_schema_extra=listed())] = Field(
-        (), description="Further arguments of the router."
+    image: Image = Field(description="Image that holds the program vllm-router.")
+    replicas: Annotated[int, Field(ge=0, le=16)] = Field(1, description="Router pods.")
+    args: Annotated[tuple[Argument, ...], Field(json_schema_extra=listed(limit=16))] = Field(
+        (), description="Further flags of vllm-router, as --flag=value; exact names of the allowlist only."
     )
+    resources: Resources | None = Field(None, description="cpu, memory and ephemeral-storage of a router pod.")
 
 
 class Disaggregation(Model):
@@ -274,7 +280,7 @@ class Disaggregation(Model):
     connector: Literal["nixl", "mooncake"] = Field(description="What moves the KV cache from prefill to decode.")
     prefill: DisaggregatedRole = Field(default_factory=DisaggregatedRole, description="The side that reads prompts.")
     decode: DisaggregatedRole = Field(default_factory=DisaggregatedRole, description="The side that writes answers.")
-    router: RouterSpec | None = Field(None, description="The router between the gateway and both sides.")
+    router: RouterSpec = Field(description="The router between the gateway and both sides.")
 
 
 class Ports(Model):
@@ -282,12 +288,30 @@ class Ports(Model):
 
     api: Port | None = Field(None, description="HTTP API (--port), default 8000.")
     torch_distributed: Port | None = Field(None, description="torch.distributed (--master-port), default 29501.")
-    data_parallel_master: Port | None = Field(None, description="Data-parallel master, default 29500.")
+    data_parallel_master: Port | None = Field(
+        None, description="Master port of offline data parallelism: refused, a server draws a random one."
+    )
     data_parallel_rpc: Port | None = Field(None, description="--data-parallel-rpc-port, default 29550.")
-    kv_transfer: Port | None = Field(None, description="kv_port of P2pNccl in old versions, default 14579.")
-    nixl_side_channel: Port | None = Field(None, description="VLLM_NIXL_SIDE_CHANNEL_PORT, default 5600.")
+    kv_transfer: Port | None = Field(
+        None, description="kv_port of P2pNccl, which vLLM 0.24 removed: refused; the modern one is nixlSideChannel."
+    )
+    nixl_side_channel: Port | None = Field(
+        None, description="VLLM_NIXL_SIDE_CHANNEL_PORT, default 5600 + data-parallel rank."
+    )
     mooncake_bootstrap: Port | None = Field(None, description="VLLM_MOONCAKE_BOOTSTRAP_PORT, default 8998.")
-    kv_events: Port | None = Field(None, description="KV event publisher, default 5557.")
+    kv_events: Port | None = Field(
+        None, description="KV event publisher, default 5557; data-parallel rank n has port + n."
+    )
+
+    def number(self, name: str) -> int | None:
+        """The port that the spec gives, by its name in YAML; None: the default.
+
+        Raises:
+            KeyError: there is no such field.
+        """
+        fields = {field.alias: attribute for attribute, field in type(self).model_fields.items()}
+        found: int | None = getattr(self, fields[name])
+        return found
 
 
 # ------------------------------------------------------------------------------------------------------------ engine
@@ -302,9 +326,6 @@ class EnvVar(Model):
     value: Annotated[str, Field(max_length=1024, pattern=r"^[^$\x00-\x1f\x7f]*$")] = Field(
         description="Plain text on one line; no $ (Kubernetes would expand it)."
     )
-
-
-Argument = Annotated[str, Field(max_length=1024, pattern=r"^--[a-z0-9-]+(=[A-Za-z0-9._:/+-]*)?$")]
 
 
 class ClaimVolume(Model):
@@ -602,6 +623,13 @@ class Metrics(Model):
     from_: Annotated[Peers, Field(alias="from", description="Who may scrape.")]
 
 
+class KvEvents(Model):
+    """Who may read which token blocks an engine has cached (--kv-events-config)."""
+
+    from_: Annotated[Peers, Field(alias="from", description="Who may read, for example a KV-aware router.")]
+    why: Why = Field(description="Why: the events hold token ids of requests. Shown in status.")
+
+
 class Gate(Model):
     """The gate that holds an engine back until isolation was observed."""
 
@@ -640,6 +668,9 @@ class Security(Model):
     )
     metrics: Metrics | None = Field(
         None, description="Who may scrape the engines' metrics. Absent: nobody. Not supported yet."
+    )
+    kv_events: KvEvents | None = Field(
+        None, description="Who may read the engines' KV events. Absent: none are published."
     )
     gate: Gate = Field(
         default_factory=Gate, description="The gate that holds an engine back until isolation was observed."
@@ -700,7 +731,7 @@ class Spec(Model):
         default_factory=Parallelism, description="How one model replica is spread over GPUs and pods."
     )
     disaggregation: Disaggregation | None = Field(
-        None, description="Prefill and decode in pods of their own. Not supported yet."
+        None, description="Prefill and decode in pods of their own, with a router in front."
     )
     ports: Ports = Field(default_factory=Ports, description="Every fixed port. Absent: vLLM's defaults.")
     engine: EngineSpec = Field(default_factory=EngineSpec, description="The engine's process and pod.")

@@ -79,15 +79,23 @@ class Socket:
 
     name: str
     role: str
+    on: str
     port: int
-    spec: str
     knob: str
     protocol: str
     speaks: str
     bind: str
     when: str
     source: str
+    spec: str = ""
+    last: int | None = None
+    per: str = ""
     versions: Range = Range()
+
+    @property
+    def random(self) -> bool:
+        """Whether the kernel chooses the port."""
+        return self.port == 0
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from securevllm import catalogue
 from securevllm.context import CidrPeer, Context, PodPeer, Selector
 from securevllm.context import Peer as AnyPeer
 from securevllm.render import gateway
-from securevllm.topology import Inbound, Internal, Outbound, Outside, PortRule, Role, Socket, plan
+from securevllm.topology import Inbound, Internal, Mesh, Outbound, Outside, PortRule, Role, Socket, plan
 
 if TYPE_CHECKING:
     from securevllm.api import types as api
@@ -165,7 +165,11 @@ def view(owner: Owner, accepted: Accepted, context: Context) -> View:
     topology = plan(spec, context)
     routes = _routes(spec, accepted.version)
     known = catalogue.routes_of(accepted.version).values()
-    flows = tuple(_flow(flow, owner.namespace) for flow in topology.flows)
+    # All groups are alike: one line stands for them.
+    meshes = {flow.why: flow for flow in topology.flows if isinstance(flow, Mesh)}.values()
+    flows = tuple(
+        _flow(flow, owner.namespace) for flow in topology.flows if not isinstance(flow, Mesh) or flow in meshes
+    )
     risks = tuple(map(_line, accepted.risks))
     return View(
         name=_line(owner.name),
@@ -211,6 +215,8 @@ def _flow(flow: AnyFlow, namespace: str) -> Flow:
             return _to_socket(Direction.INBOUND, flow.source, flow.to, peers, flow.why)
         case Internal():
             return _to_socket(Direction.INTERNAL, flow.source, flow.to, (), flow.why)
+        case Mesh():
+            return Flow(Direction.INTERNAL, flow.group, flow.group, "", (), (), _line(flow.why))
         case Outbound():
             peers = tuple(_peer(peer, namespace) for peer in flow.peers)
             source, destination = flow.source.value, flow.to.value

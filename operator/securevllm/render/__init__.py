@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from securevllm.errors import InternalError
 from securevllm.render import accepted as kept
 from securevllm.render import engine, envoy, fetch, gateway, pods, policies
 from securevllm.render.meta import Object, Owner, stamp
@@ -123,6 +124,8 @@ def render(owner: Owner, accepted: Accepted, context: Context, observed: Observe
     """
     spec = accepted.spec
     topology = plan(spec, context)
+    if topology.groups:
+        raise InternalError("groups of pods are not rendered yet")
     model = gateway.model(owner, spec, accepted.version, topology, context)
     files = envoy.envoy_files(model)
     keys_file = envoy.api_keys_file(observed.client_keys, observed.seal_key) if model.authentication else ""

@@ -16,6 +16,13 @@ Object = dict[str, Any]
 MANAGED_BY = "app.kubernetes.io/managed-by"
 RESOURCE_LABEL = f"{api.GROUP}/resource"
 ROLE_LABEL = f"{api.GROUP}/role"
+GROUP_LABEL = f"{api.GROUP}/group"
+"""On the pods of a group only: the pods of a Deployment are as many worlds."""
+
+EPOCH_LABEL = f"{api.GROUP}/epoch"
+TEMPLATE_LABEL = f"{api.GROUP}/template"
+"""Both on the pods of a group: a group is whole when all its pods carry the same pair."""
+
 HASH_ANNOTATION = f"{api.GROUP}/rendered"
 """On every child: hash of what was rendered. Differs: the operator has something new to say."""
 
@@ -75,6 +82,10 @@ class Owner:
     def selector(self, role: str) -> dict[str, str]:
         """Labels that policies, Services and workloads select the pods of a role by."""
         return {RESOURCE_LABEL: self.label, ROLE_LABEL: role}
+
+    def group_selector(self, group: str) -> dict[str, str]:
+        """Labels that the policy, Service and workloads of one group select its pods by."""
+        return {RESOURCE_LABEL: self.label, GROUP_LABEL: group}
 
     def pod_labels(self, role: str) -> dict[str, str]:
         """Labels of the pods of a role."""

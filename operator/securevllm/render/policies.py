@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from securevllm.context import FIELD_MANAGER, CidrPeer, Peer, Selector
 from securevllm.render.meta import DENY_NAME, MANAGED_BY, RESOURCE_LABEL, Object, Owner
-from securevllm.topology import Inbound, Internal, Outbound, PortRule, Role, Socket, Topology
+from securevllm.topology import Inbound, Internal, Mesh, Outbound, PortRule, Role, Socket, Topology
 
 if TYPE_CHECKING:
     from securevllm.topology import Flow
@@ -34,8 +34,9 @@ def default_deny(namespace: str) -> Object:
 
 
 def policies(owner: Owner, topology: Topology) -> list[Object]:
-    """What the resource's pods may do, one policy per role."""
-    return [_policy(owner, item.role, topology.flows) for item in topology.pods]
+    """What the resource's pods may do: one policy per role, and one per group whose pods talk to each other."""
+    by_role = [_policy(owner, item.role, topology.flows) for item in topology.pods]
+    return by_role + [_mesh(owner, flow.group) for flow in topology.flows if isinstance(flow, Mesh)]
 
 
 def _policy(owner: Owner, role: Role, flows: Iterable[Flow]) -> Object:
@@ -43,23 +44,34 @@ def _policy(owner: Owner, role: Role, flows: Iterable[Flow]) -> Object:
     for flow in flows:
         match flow:
             case Inbound(to=Socket(role=target)) if target == role:
-                ingress.append({"from": _peers(flow.peers), "ports": [_port(flow.to.port, flow.to.protocol)]})
+                ingress.append({"from": _peers(flow.peers), "ports": [_port(flow.to)]})
             case Internal(to=Socket(role=target)) if target == role:
-                ingress.append({"from": [_own(owner, flow.source)], "ports": [_port(flow.to.port, flow.to.protocol)]})
-            case Internal(source=source) if source == role:
-                egress.append({"to": [_own(owner, flow.to.role)], "ports": [_port(flow.to.port, flow.to.protocol)]})
+                ingress.append({"from": [_own(owner, flow.source)], "ports": [_port(flow.to)]})
             case Outbound(source=source) if source == role:
                 egress.append({"to": _peers(flow.peers), "ports": [_rule(rule) for rule in flow.ports]})
             case _:
                 pass
+        if isinstance(flow, Internal) and flow.source == role:
+            egress.append({"to": [_own(owner, flow.to.role)], "ports": [_port(flow.to)]})
+    return _allow(owner, role.value, owner.selector(role.value), ingress, egress)
+
+
+def _mesh(owner: Owner, group: str) -> Object:
+    """Every TCP port within one group: its ports are drawn at random, and it is one trust domain."""
+    pods = owner.group_selector(group)
+    peers, ports = [{"podSelector": {"matchLabels": pods}}], [{"protocol": "TCP"}]
+    return _allow(owner, group, pods, [{"from": peers, "ports": ports}], [{"to": peers, "ports": ports}])
+
+
+def _allow(owner: Owner, name: str, pods: dict[str, str], ingress: list[Object], egress: list[Object]) -> Object:
     # An absent list and an empty one both allow nothing; an empty *peer* list would allow everybody, so _peers refuses.
     return owner.object(
         _API,
         "NetworkPolicy",
-        role.value,
-        role.value,
+        name,
+        name,
         spec={
-            "podSelector": {"matchLabels": owner.selector(role.value)},
+            "podSelector": {"matchLabels": pods},
             "policyTypes": ["Ingress", "Egress"],
             **({"ingress": ingress} if ingress else {}),
             **({"egress": egress} if egress else {}),
@@ -71,12 +83,15 @@ def _own(owner: Owner, role: Role) -> dict[str, Any]:
     return {"podSelector": {"matchLabels": owner.selector(role.value)}}
 
 
-def _port(port: int, protocol: str) -> dict[str, Any]:
-    return {"port": port, "protocol": protocol}
+def _port(socket: Socket) -> dict[str, Any]:
+    if socket.everything:
+        return {"protocol": socket.protocol}
+    last = {} if socket.last is None else {"endPort": socket.last}
+    return {"port": socket.port, **last, "protocol": socket.protocol}
 
 
 def _rule(rule: PortRule) -> dict[str, Any]:
-    return _port(rule.port, rule.protocol)
+    return {"port": rule.port, "protocol": rule.protocol}
 
 
 def _peers(peers: tuple[Peer, ...]) -> list[dict[str, Any]]:
