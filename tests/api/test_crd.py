@@ -244,12 +244,30 @@ def stored(**fields: Any) -> dict[str, Any]:
 
 
 # beginning of the rule's message -> (a patch that is accepted, a patch that is refused); rules about names: the names
+LOCAL: dict[str, Any] = {"model": {"name": "/models/a", "source": None}}
+SPLIT: dict[str, Any] = {
+    **LOCAL,
+    "disaggregation": {"connector": "nixl", "router": {"image": "vllm/vllm-router:v0.1.17"}},
+}
+NODES = {"parallelism": {"nodes": 2, "tensor": 2}}
+HYBRID: dict[str, Any] = {"data": {"size": 4, "sizeLocal": 2, "loadBalancing": "hybrid"}}
+EVENTS = {"from": {"podSelector": {}}, "why": "the router asks"}
+WRONG_SHAPES: tuple[dict[str, Any], ...] = (
+    {"nodes": 2},
+    {"expert": True},
+    {"data": {"size": 4, "sizeLocal": 3}},
+    {"nodes": 4, "data": {"size": 4, "sizeLocal": 2}},
+    {"data": {"size": 2, "sizeLocal": 1, "loadBalancing": "external"}},
+    {"expert": True, "data": {"size": 4, "sizeLocal": 2, "loadBalancing": "external"}},
+    {"data": {"size": 2, "loadBalancing": "hybrid"}},
+)
+
 RULES: dict[str, tuple[Any, Any]] = {
     "metadata.name is at most 40 characters": ("n" * 40, "n" * 41),
     "metadata.name begins with a letter and has no dots": ("a-1", "a.b"),
     "replicas is not used beside disaggregation": (
-        {"disaggregation": {"connector": "nixl"}, "replicas": 1},
-        {"disaggregation": {"connector": "nixl"}, "replicas": 2},
+        {**SPLIT, "replicas": 1},
+        {**SPLIT, "replicas": 2},
     ),
     "model.source is required unless model.name is an absolute path": (
         {"model": {"name": "/models/a", "source": None}},
@@ -402,6 +420,7 @@ STRICTER: dict[tuple[str, str], str] = {
     ("InvalidSpec", "the fetch Job has to write into the volume"): "ReadOnlyMany is right beside another mode",
     ("InvalidSpec", r"the parallelism needs \d+ GPUs"): "arithmetic over two fields and the list of GPUs",
     ("InvalidSpec", "with disaggregation each side has its own"): "whether parallelism was said at all",
+    ("ArgumentRefused", "no flag of the router"): "catalogue",
     ("NotSupportedYet", "the router knows one address"): "the same type without disaggregation may say it",
     ("WorldMismatch", "GPUs cannot be spread evenly"): "arithmetic over several fields with defaults",
     ("WorldMismatch", "ranks cannot be spread evenly"): "arithmetic over several fields with defaults",
@@ -413,6 +432,7 @@ STRICTER: dict[tuple[str, str], str] = {
     ("LoadBalancingRefused", "nothing between pods to balance"): "arithmetic over several fields with defaults",
     ("VersionLacks", r"vLLM \S+ does not have it"): "catalogue of the image's version",
     ("PortUnused", ""): "depends on parallelism, disaggregation and security",
+    ("PortConflict", "numbered by data-parallel rank"): "arithmetic over several fields with defaults",
     ("InvalidSpec", "one kind of GPU per pod"): "the list of GPUs grows without a new CRD",
     ("InvalidSpec", r"'\.\.' and '//' are not allowed"): "RE2 has no look-around",
     ("InvalidSpec", r"'\.\.' is not allowed"): "RE2 has no look-around",
@@ -433,7 +453,22 @@ BEYOND: list[dict[str, Any]] = [
     {"engine": {"resources": {"limits": {"nvidia.com/gpu": 1, "amd.com/gpu": 1}}}},
     {"gateway": {"routes": {"allow": [{"method": "POST", "path": "/pause"}]}}},
     {"model": {"source": {"huggingFace": None, "persistentVolumeClaim": {"claimName": "a", "path": "a/../b"}}}},
-    {"ports": {"api": 29501, "torchDistributed": 29501}},
+    {"ports": {"api": 29501, "torchDistributed": 29501}, **NODES},
+    {"ports": {"torchDistributed": 29501}},
+    *({**LOCAL, "parallelism": parallelism} for parallelism in WRONG_SHAPES),
+    {**SPLIT, "parallelism": {"tensor": 2}},
+    {**LOCAL, "disaggregation": SPLIT["disaggregation"] | {"prefill": {"parallelism": HYBRID}}},
+    {
+        **LOCAL,
+        "disaggregation": SPLIT["disaggregation"] | {"prefill": {"parallelism": {"tensor": 2}}},
+        "engine": {"resources": {"limits": {"nvidia.com/gpu": 2}}},
+    },
+    {**SPLIT, "image": "vllm/vllm-openai:v0.11.0"},
+    {
+        "parallelism": {"data": {"size": 1000, "sizeLocal": 8}},
+        "ports": {"kvEvents": 65000},
+        "security": {"kvEvents": EVENTS},
+    },
     {"model": {"revision": "main", "source": {"huggingFace": None, "persistentVolumeClaim": {"claimName": "a"}}}},
     {"gateway": {"clients": {"cidrs": ["::ffff:1.2.3.0/120"]}}},
     *({"engine": {"sharedMemory": size}} for size in ("99E", "0.5n")),

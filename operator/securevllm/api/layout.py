@@ -167,6 +167,14 @@ def blocks(spec: api.Spec) -> Iterator[Problem]:
             "Set disaggregation.prefill.replicas and disaggregation.decode.replicas.",
             str(spec.replicas),
         )
+    for index, argument in enumerate(split.router.args):
+        yield Problem(
+            f"spec.disaggregation.router.args[{index}]",
+            "ArgumentRefused",
+            "no flag of the router may be set yet",
+            "Leave it out.",
+            argument,
+        )
     for field, side in (("prefill", split.prefill), ("decode", split.decode)):
         data = side.parallelism.data
         if data is not None and data.load_balancing != "internal":

@@ -279,9 +279,11 @@ def _quantities(spec: api.Spec) -> Iterator[Problem]:
     ]
     if hub is not None:
         values.append(("spec.model.source.huggingFace.storage.size", hub.storage.size))
+    router = spec.disaggregation.router.resources if spec.disaggregation is not None else None
     for field, block in (
         ("spec.engine.resources", spec.engine.resources),
         ("spec.gateway.resources", spec.gateway.resources),
+        ("spec.disaggregation.router.resources", router),
     ):
         if block is not None:
             values += [(f"{field}.requests.{name}", value) for name, value in block.requests.items()]
@@ -395,6 +397,9 @@ def _arguments(spec: api.Spec) -> Iterator[Problem]:
     yield from guard.check_service_annotations(spec.gateway.service.annotations)
     yield from guard.check_resources("spec.engine.resources", spec.engine.resources, gpus=True)
     yield from guard.check_resources("spec.gateway.resources", spec.gateway.resources, gpus=False)
+    if spec.disaggregation is not None:
+        router = spec.disaggregation.router
+        yield from guard.check_resources("spec.disaggregation.router.resources", router.resources, gpus=False)
 
 
 _CHECKS: tuple[Callable[[api.Spec], Iterator[Problem]], ...] = (
