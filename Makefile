@@ -47,13 +47,17 @@ format: setup ## put files into the project's format, mend what the linter can m
 
 .PHONY: golden
 golden: setup ## accept what is rendered now as the golden files; look at it with git diff
-	@$(BIN)/python -m pytest tests/golden --accept --quiet
-	@git diff --stat -- tests/golden/expected
+	@$(BIN)/python -m pytest tests/golden tests/chart/test_golden.py --accept --quiet
+	@git diff --stat -- tests/golden/expected tests/chart/expected
 
 .PHONY: crd
 crd: setup ## write crds/ from the models
 	@$(BIN)/python -m securevllm crd > crds/.new
 	@mv crds/.new crds/securevllm.io_securevllmdeployments.yaml
+
+.PHONY: chart
+chart: setup ## write what the chart takes from crds/, manifests/ and values.yaml
+	@$(BIN)/python tools/chart.py
 
 # The second lock takes the versions of the first: what is tested is what the image holds.
 .PHONY: lock

@@ -65,6 +65,7 @@ TIERS = (
     Tier("golden", "what is rendered, against files", coverage=True),
     Tier("coverage", f"pure core, at least {COVERAGE_LIMIT} %"),
     Tier("property", "reachability and invariants, generated specs"),
+    Tier("chart", "chart and kustomize, by the real helm"),
     Tier("catalogue", "vLLM's own releases, read against the tables"),
     Tier("gateway", "a real Envoy", workers=0),
     Tier("api", "a real kube-apiserver", workers=0, seconds=1800, cluster=True),

@@ -1,4 +1,4 @@
-"""`pytest tests/golden --accept` (`make golden`) writes what is rendered now; without it, a difference fails."""
+"""`--accept` (`make golden`) writes what is rendered now as the golden files; without it, a difference fails."""
 
 from __future__ import annotations
 

@@ -1,0 +1,47 @@
+"""What the chart takes from elsewhere is what is there; every value has a text and a type."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from securevllm import __version__
+from tests.chart.programs import CHART
+from tools import chart
+
+
+@pytest.mark.parametrize("path", sorted(chart.generated()), ids=lambda path: path.name)
+def test_generated_files_are_of_today(path: Path) -> None:
+    wanted = chart.generated()[path]
+    assert path.read_text(encoding="utf-8") == wanted, "make chart"
+
+
+def test_nothing_else_is_in_files() -> None:
+    made = {path for path in chart.generated() if path.parent.name == "files"}
+    assert {path for path in (CHART / "files").rglob("*") if path.is_file()} == made
+
+
+def test_the_chart_is_of_this_version() -> None:
+    told = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))
+    assert (told["version"], told["appVersion"]) == (__version__, __version__)
+
+
+def test_every_default_is_what_the_schema_takes_and_every_object_is_closed_or_said_to_be_open() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+
+    def walk(node: dict[str, Any], path: str) -> None:
+        if node.get("type") == "object" and path != "global":
+            assert "additionalProperties" in node, f"{path}: say what keys it takes"
+        for name, inner in node.get("properties", {}).items():
+            walk(inner, f"{path}.{name}".lstrip("."))
+
+    walk(schema, "")
+
+
+def test_a_value_without_a_text_is_an_error() -> None:
+    with pytest.raises(ValueError, match="replicas has no text"):
+        list(chart.read_values("replicas: 2\n"))

@@ -1,0 +1,62 @@
+"""What the chart renders for a matrix of values is what a person has looked at: `make golden` after a change."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from securevllm.render.pods import CONTAINER_SECURITY
+from tests import pod_security
+from tests.chart.programs import CHART, Helm, by_key
+from tools.chart import read_values
+
+HERE = Path(__file__).parent
+CASES = sorted((HERE / "cases").glob("*.yaml"))
+NAMES = [path.stem for path in CASES]
+
+
+def rendered(helm: Helm, case: Path) -> dict[str, Any]:
+    """Objects by name, without the definition's schema: crds/ has it."""
+    objects = by_key(helm.template("--values", str(case)))
+    for obj in objects.values():
+        if obj["kind"] == "CustomResourceDefinition":
+            obj["spec"] = "as in crds/"
+    return {" ".join(filter(None, name)): obj for name, obj in objects.items()}
+
+
+@pytest.mark.parametrize("case", CASES, ids=NAMES)
+def test_case(helm: Helm, case: Path, accept: bool) -> None:
+    path = HERE / "expected" / case.name
+    made = yaml.safe_dump(rendered(helm, case), width=120)
+    if accept:
+        path.write_text(made, encoding="utf-8")
+        return
+    kept = path.read_text(encoding="utf-8") if path.exists() else ""
+    if kept != made:
+        lines = difflib.unified_diff(kept.splitlines(keepends=True), made.splitlines(keepends=True), "expected", "made")
+        pytest.fail(f"{''.join(lines)}\nIf this is what you want: make golden", pytrace=False)
+
+
+def test_no_expectation_is_left_of_a_case_that_is_gone() -> None:
+    assert sorted(path.stem for path in (HERE / "expected").iterdir()) == NAMES
+
+
+@pytest.mark.parametrize("case", [path for path in CASES if path.stem != "nothing"], ids=lambda path: path.stem)
+def test_the_operator_meets_the_restricted_standard(helm: Helm, case: Path) -> None:
+    (deployment,) = [obj for obj in rendered(helm, case).values() if obj["kind"] == "Deployment"]
+    template = deployment["spec"]["template"]
+    assert pod_security.violations(template) == []
+    assert template["spec"]["containers"][0]["securityContext"] == CONTAINER_SECURITY
+
+
+def test_every_value_is_read() -> None:
+    """A value that no template reads is a promise that is not kept."""
+    texts = "".join(path.read_text(encoding="utf-8") for path in sorted((CHART / "templates").rglob("*.*")))
+    values = read_values((CHART / "values.yaml").read_text(encoding="utf-8"))
+    unread = [value.name for value in values if value.text and not re.search(rf"\.{value.path[-1]}\b", texts)]
+    assert unread == []

@@ -1,0 +1,56 @@
+"""`manifests/` and the chart end in the same objects."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.chart.programs import MANIFESTS, Helm, Object, by_key, kustomize, without_labels
+
+HELM_ONLY = ("helm.sh/chart", "helm.sh/resource-policy", "app.kubernetes.io/managed-by", "app.kubernetes.io/version")
+"""What tells helm which objects are its own."""
+NAMESPACE = ("Namespace", "", "secure-vllm-operator")
+"""`helm install --create-namespace` makes it; the labels of Pod Security are in the manifests."""
+
+
+def build(tmp_path: Path, base: str, *components: str) -> dict[tuple[str, str, str], Object]:
+    """Objects of a kustomization of a user: an installation and components."""
+    content = {
+        "apiVersion": "kustomize.config.k8s.io/v1beta1",
+        "kind": "Kustomization",
+        "resources": [str(Path("manifests") / base)],
+        "components": [str(Path("manifests") / name) for name in components],
+    }
+    for part in ("manifests", "crds"):
+        _copy(MANIFESTS.parent / part, tmp_path / part)
+    (tmp_path / "kustomization.yaml").write_text(yaml.safe_dump(content), encoding="utf-8")
+    return by_key(without_labels(obj, HELM_ONLY) for obj in kustomize(tmp_path))
+
+
+def _copy(source: Path, target: Path) -> None:
+    for path in source.rglob("*"):
+        if path.is_file():
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+
+
+VARIANTS = {
+    "cluster-wide": ("install", (), ["admission.enabled=false"]),
+    "one namespace": ("install-namespaced", (), ["admission.enabled=false", "watchNamespace=llm"]),
+    "with admission": ("install", ("admission",), []),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_kustomize_and_helm_make_the_same_objects(helm: Helm, tmp_path: Path, variant: str) -> None:
+    base, components, settings = VARIANTS[variant]
+    built = build(tmp_path, base, *components)
+    assert built.pop(NAMESPACE)["metadata"]["labels"]["pod-security.kubernetes.io/enforce"] == "restricted"
+    options = [word for setting in settings for word in ("--set", setting)]
+    charted = by_key(without_labels(obj, HELM_ONLY) for obj in helm.template(*options))
+    assert sorted(built) == sorted(charted)
+    for name, obj in built.items():
+        assert charted[name] == obj, name

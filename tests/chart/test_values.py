@@ -1,0 +1,63 @@
+"""Values that helm refuses, and what it says."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.chart.programs import Helm, HelmError
+
+REFUSED = {
+    "replica=3": "replica",
+    "replicas=two": "/replicas",
+    "replicas=-1": "/replicas",
+    "image.tags=1": "/image",
+    "image.digest=sha256:abc": "/image/digest",
+    "image.pullPolicy=Sometimes": "/image/pullPolicy",
+    "image.repository=": "/image/repository",
+    "crds.install=true": "/crds",
+    "crds.keep=maybe": "/crds/keep",
+    "watchNamespace=Not_A_Name": "/watchNamespace",
+    "log.level=TRACE": "/log/level",
+    "log.format=text": "/log/format",
+    "workers=0": "/workers",
+    "resyncSeconds=1": "/resyncSeconds",
+    "dns.port=0": "/dns/port",
+    "dns.peers[0].namespace=x": "/dns/peers/0",
+    "dns.peers[0].cidr=10.0.0.10": "/dns/peers/0",
+    "cluster.ranges[0]=10.0.0.0": "/cluster/ranges/0",
+    "networkPolicy.egress.flavor=calico": "/networkPolicy/egress/flavor",
+    "admission.podMakers[0]=it's": "/admission/podMakers/0",
+    "admission.podMakers[0]=x' || true || '": "/admission/podMakers/0",
+    "admission.allowEphemeralContainers=sometimes": "/admission/allowEphemeralContainers",
+    "extraEnv[0].value=x": "/extraEnv/0",
+    "podDisruptionBudget.minAvailable=1": "/podDisruptionBudget",
+}
+"""--set-string or --set argument: part of the message."""
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_a_wrong_value_is_refused_with_its_path(helm: Helm, setting: str) -> None:
+    with pytest.raises(HelmError) as error:
+        helm.template("--set", setting)
+    told = str(error.value).replace("'", "").replace(".", "/")
+    assert REFUSED[setting] in told, error.value
+    assert "schema" in told
+
+
+CONTRADICTIONS = {
+    "serviceAccount.create=false": "serviceAccount.name",
+    "networkPolicy.egress.enabled=true": "networkPolicy.egress.apiServer.cidrs",
+    'dns.peers=[{"cidr": "10.0.0.10/32"}]': "dns.peers",
+}
+
+
+@pytest.mark.parametrize("setting", CONTRADICTIONS)
+def test_values_that_contradict_each_other_are_refused_with_the_way_out(helm: Helm, setting: str) -> None:
+    with pytest.raises(HelmError) as error:
+        helm.template("--set-json", setting)
+    assert f"{CONTRADICTIONS[setting]}: " in str(error.value)
+
+
+def test_a_cluster_that_is_too_old_is_refused(helm: Helm) -> None:
+    with pytest.raises(HelmError, match=r"requires kubeVersion: >=1\.30"):
+        helm.template("--kube-version", "1.29.0")

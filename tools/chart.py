@@ -1,0 +1,208 @@
+"""Write what the chart takes from elsewhere: `make chart`, or `python tools/chart.py --check` to see what would change.
+
+    files/                from crds/ and manifests/: definition, rights, admission policies, alerts, dashboard
+    values.schema.json    from values.yaml: types of the defaults, texts after `# --`, constraints after `# @schema`
+    README.md             from values.yaml: one table of all values
+
+So everything that the chart says is said once, and helm refuses a key that values.yaml does not have.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+ROOT = Path(__file__).resolve().parent.parent
+CHART = ROOT / "charts" / "secure-vllm-operator"
+MANIFESTS = ROOT / "manifests"
+TYPES = {str: "string", bool: "boolean", int: "integer", float: "number", list: "array", dict: "object"}
+
+
+@dataclass(frozen=True)
+class Value:
+    """One value of the chart.
+
+    Attributes:
+        path: keys from the top.
+        default: what values.yaml says.
+        text: for people; empty for a group of values.
+        schema: constraints beside the type of the default.
+    """
+
+    path: tuple[str, ...]
+    default: Any
+    text: str
+    schema: dict[str, Any]
+
+    @property
+    def name(self) -> str:
+        """As ``--set`` takes it."""
+        return ".".join(self.path)
+
+
+def main(arguments: list[str]) -> int:
+    """Write the files, or tell which differ; returns the exit code."""
+    stale = []
+    for path, text in generated().items():
+        if not path.exists() or path.read_text(encoding="utf-8") != text:
+            stale.append(str(path.relative_to(ROOT)))
+            if arguments != ["--check"]:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text, encoding="utf-8")
+    if arguments == ["--check"] and stale:
+        print(f"not as their sources say: {', '.join(stale)}: make chart")
+        return 1
+    return 0
+
+
+def generated() -> dict[Path, str]:
+    """Path and content of every generated file."""
+    values = list(read_values((CHART / "values.yaml").read_text(encoding="utf-8")))
+    files = {CHART / "files" / name: text for name, text in _files().items()}
+    schema = json.dumps(_schema(values), indent=2) + "\n"
+    return files | {CHART / "values.schema.json": schema, CHART / "README.md": _readme(values)}
+
+
+# --------------------------------------------------------------------------------------------------------------- files
+
+
+def _files() -> dict[str, str]:
+    rbac = {(obj["kind"], obj["metadata"]["name"]): obj for obj in _documents(MANIFESTS / "rbac")}
+    lease = next(obj for obj in _documents(MANIFESTS / "base") if obj["kind"] == "Role")
+    files = {
+        "crd.yaml": (ROOT / "crds" / "securevllm.io_securevllmdeployments.yaml").read_text(encoding="utf-8"),
+        "rules.yaml": _dump({"rules": rbac["ClusterRole", "secure-vllm-operator"]["rules"]}),
+        "lease-rules.yaml": _dump({"rules": lease["rules"]}),
+        "admission-policies.yaml": (MANIFESTS / "admission" / "policies.yaml").read_text(encoding="utf-8"),
+    }
+    for role in ("view", "edit"):
+        files[f"{role}-role.yaml"] = _dump(rbac["ClusterRole", f"secure-vllm-operator-{role}"])
+    return files
+
+
+def _documents(folder: Path) -> Iterator[dict[str, Any]]:
+    for path in sorted(folder.glob("*.yaml")):
+        if path.name != "kustomization.yaml":
+            yield from yaml.safe_load_all(path.read_text(encoding="utf-8"))
+
+
+def _dump(value: Any) -> str:
+    return yaml.safe_dump(value, sort_keys=False, width=120)
+
+
+# -------------------------------------------------------------------------------------------------------------- values
+
+
+def read_values(text: str) -> Iterator[Value]:
+    """The values of a values.yaml, in its order.
+
+    Raises:
+        ValueError: a value without a text, or a constraint that is no JSON object.
+    """
+    node = yaml.compose(text, Loader=yaml.SafeLoader)
+    yield from _values(node, yaml.safe_load(text), text.splitlines(), ())
+
+
+def _values(node: Any, data: Any, lines: list[str], path: tuple[str, ...]) -> Iterator[Value]:
+    for key, value in node.value:
+        here = (*path, key.value)
+        text, schema = _comment(lines, key.start_mark.line)
+        inner = data[key.value]
+        if text:
+            yield Value(here, inner, text, schema)
+        elif isinstance(inner, dict) and inner:
+            yield Value(here, inner, "", schema)
+            yield from _values(value, inner, lines, here)
+        else:
+            raise ValueError(f"values.yaml: {'.'.join(here)} has no text: put `# -- ...` above it")
+
+
+def _comment(lines: list[str], line: int) -> tuple[str, dict[str, Any]]:
+    """Text and constraints in the comment lines right above a key."""
+    text: list[str] = []
+    schema: dict[str, Any] = {}
+    for above in reversed(lines[:line]):
+        stripped = above.strip()
+        if not stripped.startswith("#"):
+            break
+        if match := re.fullmatch(r"# @schema (\{.*\})", stripped):
+            schema = json.loads(match[1])
+        elif stripped.startswith("# -- "):
+            text.insert(0, stripped[5:])
+            return " ".join(text), schema
+        else:
+            text.insert(0, stripped[2:])
+    return "", schema
+
+
+def _schema(values: list[Value]) -> dict[str, Any]:
+    top: dict[str, Any] = {
+        "$schema": "https://json-schema.org/draft/2020-12/schema",
+        "title": "Values of the chart secure-vllm-operator",
+        "type": "object",
+        "additionalProperties": False,
+        "properties": {
+            # Helm adds it when the chart is a dependency of another one.
+            "global": {"type": "object", "description": "Values of a parent chart; not used."},
+        },
+    }
+    for value in values:
+        node = top
+        for key in value.path[:-1]:
+            node = node["properties"][key]
+        entry: dict[str, Any] = {"type": TYPES[type(value.default)]}
+        if value.text:
+            entry["description"] = value.text
+        else:
+            entry |= {"additionalProperties": False, "properties": {}}
+        node["properties"][value.path[-1]] = entry | value.schema
+    return top
+
+
+# -------------------------------------------------------------------------------------------------------------- readme
+
+
+def _readme(values: list[Value]) -> str:
+    chart = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))
+    rows = [f"| `{value.name}` | {_default(value.default)} | {_cell(value.text)} |" for value in values if value.text]
+    return README.format(version=chart["version"], kube=chart["kubeVersion"], rows="\n".join(rows))
+
+
+def _default(value: Any) -> str:
+    return f"`{_cell(json.dumps(value))}`"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
+README = """\
+# Chart secure-vllm-operator
+
+Version {version}, for Kubernetes `{kube}`. Made by `make chart` from `values.yaml`; do not edit.
+
+```sh
+helm install secure-vllm-operator charts/secure-vllm-operator --namespace secure-vllm-operator --create-namespace \\
+  --set image.repository=registry.example.com/secure-vllm-operator
+```
+
+[Installation](../../docs/install.md) has the word-by-word path, also for kustomize and Argo CD, and how to upgrade. An
+unknown or malformed value is refused with its path before anything is applied.
+
+## Values
+
+| value | default | what it is |
+| --- | --- | --- |
+{rows}
+"""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
