@@ -317,6 +317,7 @@ class Reconciler:
             url=rendered.url,
             selector=rendered.selector,
             version=str(wanted.version),
+            advisories=wanted.advisories,
             verification=spec.security.verification.mode,
         )
         if runs and not workloads.failures:

@@ -406,11 +406,14 @@ STRICTER: dict[tuple[str, str], str] = {
     ("AnnotationRefused", "an annotation can publish the Service elsewhere"): "allowlist that grows without a new CRD",
     ("LabelRefused", "labels of Kubernetes, of meshes and of this operator"): "list that grows without a new CRD",
     ("RouteUnknown", r"vLLM \S+ has no such route"): "catalogue of the image's version",
-    ("RouteForbidden", r"this route \(.*\) is never opened"): "catalogue of the image's version",
+    ("RouteForbidden", r"this is or could be read as .*, which is never opened"): "catalogue of every version",
+    ("RouteUnknown", "an unknown route is one literal path"): "templates are right where the catalogue has them",
+    ("InvalidSpec", r"vLLM \S+ has this route"): "catalogue of the image's version",
     ("VersionUnreadable", "the tag does not say which vLLM version"): "vllmVersion may say it; needs the catalogue",
     ("VersionUnknown", "the catalogue ends at"): "catalogue",
     ("VersionUnknown", "the catalogue begins at"): "catalogue",
     ("VersionBelowFloor", r"vLLM before \S+ has known holes"): "catalogue",
+    ("VersionBelowMinimum", "the spec itself asks for at least"): "the version stands in the image's tag",
     ("EgressRefused", "nobody is named"): "an empty Peers is right for clients, where it means the own namespace",
     ("EgressRefused", "private, link-local and shared ranges"): "address arithmetic",
     ("InvalidSpec", "does not appear to be an IPv4 or IPv6 network"): "address arithmetic",
@@ -452,6 +455,11 @@ BEYOND: list[dict[str, Any]] = [
     {"engine": {"resources": {"limits": {"nvidia.com/gpu": 3}}}},
     {"engine": {"resources": {"limits": {"nvidia.com/gpu": 1, "amd.com/gpu": 1}}}},
     {"gateway": {"routes": {"allow": [{"method": "POST", "path": "/pause"}]}}},
+    *(
+        {"gateway": {"routes": {"allow": [{"method": "POST", "path": path, "unknownRoute": WHY}]}}}
+        for path in ("/metrics/x", "/v1/{x}", "/classify", "/v1/custom")
+    ),
+    {"vllmVersion": {"minimum": "99.0"}},
     {"model": {"source": {"huggingFace": None, "persistentVolumeClaim": {"claimName": "a", "path": "a/../b"}}}},
     {"ports": {"api": 29501, "torchDistributed": 29501}, **NODES},
     {"ports": {"torchDistributed": 29501}},

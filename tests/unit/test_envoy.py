@@ -108,8 +108,9 @@ def test_variable_is_one_segment_of_a_closed_class(value: str) -> None:
 
 
 def test_no_allowable_variable_covers_a_route_that_is_never_allowed() -> None:
-    allowable = [AllowedRoute(one.method, one.path) for one in catalogue.routes() if not one.never]
-    never = [(one.method, re.sub(r"\{.*?\}", "abc", one.path)) for one in catalogue.routes() if one.never]
+    known = catalogue.routes_of(catalogue.newest()).values()
+    allowable = [AllowedRoute(one.method, one.path) for one in known if not one.never]
+    never = [(one.method, re.sub(r"\{.*?\}", "abc", one.path)) for one in known if one.never]
     covered = [
         (route.name, method, path)
         for route in allowable

@@ -337,6 +337,13 @@ REFUSED: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
         "VersionBelowFloor",
         ("0.20.0", "accept: [{risk: vllmVersionBelowFloor"),
     ),
+    (
+        "below its own minimum",
+        {"vllmVersion": {"minimum": "0.33.1"}},
+        "spec.image",
+        "VersionBelowMinimum",
+        ("0.33.0", "at least 0.33.1"),
+    ),
     ("long name", {"name": "a" * 41}, "metadata.name", "NameTooLong", ("40", "shorter")),
     ("digit first", {"name": "1a"}, "metadata.name", "InvalidSpec", ("'1a'", "letter")),
     ("dotted name", {"name": "a.b"}, "metadata.name", "InvalidSpec", ("'a.b'",)),
@@ -604,8 +611,8 @@ def test_every_reason_is_tried() -> None:
         "AnnotationRefused", "ArgumentRefused", "ClientsRequired", "EgressRefused", "InvalidSpec",
         "LabelRefused", "LoadBalancingRefused", "ModelSourceMissing", "NameTooLong", "NotSupportedYet",
         "PortConflict", "PortUnused", "ResourceRefused", "RouteForbidden", "RouteUnknown", "StorageNotShared",
-        "VariableRefused", "VersionBelowFloor", "VersionLacks", "VersionUnknown", "VersionUnreadable",
-        "WorldMismatch",
+        "VariableRefused", "VersionBelowFloor", "VersionBelowMinimum", "VersionLacks", "VersionUnknown",
+        "VersionUnreadable", "WorldMismatch",
     }  # fmt: skip
 
 

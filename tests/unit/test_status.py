@@ -170,7 +170,7 @@ def test_the_rest_of_the_status() -> None:
     del found["conditions"]
     assert found == {
         "observedGeneration": 3, "replicas": 2, "readyReplicas": 2, "selector": "a=b", "url": "https://x",
-        "vllmVersion": "0.33.0", "outdated": ["engine"], "acceptedRisks": ["x: y"],
+        "vllmVersion": "0.33.0", "advisories": [], "outdated": ["engine"], "acceptedRisks": ["x: y"],
     }  # fmt: skip
     assert status(Facts(generation=1), {}, NOW)["replicas"] == 0
 

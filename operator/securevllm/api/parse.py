@@ -19,9 +19,10 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.alias_generators import to_camel
 
 from securevllm import catalogue
-from securevllm.api import guard, layout
+from securevllm.api import guard, layout, routes
 from securevllm.api import types as api
 from securevllm.api.addresses import IPV4_MAPPED, is_public
+from securevllm.api.advisories import Hit, hits
 from securevllm.api.applicable import unapplicable
 from securevllm.api.placement import LabelSelector
 from securevllm.api.schema import size_problems
@@ -48,6 +49,11 @@ class Accepted:
     version: catalogue.Version
     raw: dict[str, Any]
     risks: tuple[str, ...]
+
+    @property
+    def advisories(self) -> tuple[Hit, ...]:
+        """Published holes that concern it. What the tag says counts, too: an assumption is about routes only."""
+        return hits(self.spec, _oldest(self.spec, self.version))
 
 
 def parse(name: str, raw: dict[str, Any]) -> Accepted:
@@ -115,7 +121,7 @@ def _schema_problems(error: ValidationError) -> list[Problem]:
 
 def version_of(spec: api.Spec) -> catalogue.Version | Problem:
     """The vLLM version, said in words or read from the image's tag."""
-    if spec.vllm_version is not None:
+    if spec.vllm_version is not None and spec.vllm_version.assume is not None:
         return catalogue.Version.parse(spec.vllm_version.assume)
     return _tagged(spec) or Problem(
         "spec.image",
@@ -125,6 +131,10 @@ def version_of(spec: api.Spec) -> catalogue.Version | Problem:
         f" vllmVersion: {{assume: {catalogue.newest()}}}.",
         spec.image,
     )
+
+
+def _oldest(spec: api.Spec, version: catalogue.Version) -> catalogue.Version:
+    return min(version, _tagged(spec) or version)
 
 
 def _tagged(spec: api.Spec) -> catalogue.Version | None:
@@ -424,7 +434,8 @@ _CHECKS: tuple[Callable[[api.Spec], Iterator[Problem]], ...] = (
 
 
 def _version(spec: api.Spec, version: catalogue.Version) -> Iterator[Problem]:
-    field = "spec.image" if spec.vllm_version is None else "spec.vllmVersion.assume"
+    said = spec.vllm_version or api.VllmVersion()
+    field = "spec.image" if said.assume is None else "spec.vllmVersion.assume"
     if (version.major, version.minor) > (catalogue.newest().major, catalogue.newest().minor):
         yield Problem(
             field,
@@ -442,8 +453,8 @@ def _version(spec: api.Spec, version: catalogue.Version) -> Iterator[Problem]:
             str(version),
         )
     accepted = any(item.risk == "vllmVersionBelowFloor" for item in spec.security.accept)
-    # What the tag says counts as well: an assumption is about routes, not about holes.
-    version = min(version, _tagged(spec) or version)
+    # An assumption is about routes, not about holes.
+    version = _oldest(spec, version)
     if version < catalogue.floor() and not accepted:
         yield Problem(
             field,
@@ -453,35 +464,19 @@ def _version(spec: api.Spec, version: catalogue.Version) -> Iterator[Problem]:
             " security: {accept: [{risk: vllmVersionBelowFloor, why: ...}]}.",
             str(version),
         )
-
-
-def _routes(spec: api.Spec, version: catalogue.Version) -> Iterator[Problem]:
-    known = catalogue.routes_of(version)
-    for index, entry in enumerate(spec.gateway.routes.allow):
-        field = f"spec.gateway.routes.allow[{index}]"
-        route = known.get((entry.method, entry.path))
-        shown = f"{entry.method} {entry.path}"
-        if route is None:
-            yield Problem(
-                field,
-                "RouteUnknown",
-                f"vLLM {version} has no such route",
-                "Write method and path exactly as `securevllm routes` prints them.",
-                shown,
-            )
-        elif route.never:
-            yield Problem(
-                field,
-                "RouteForbidden",
-                f"this route ({route.category}) is never opened",
-                "Leave it out; the operator and the cluster's probes reach what they need without the gateway.",
-                shown,
-            )
+    if said.minimum is not None and version < catalogue.Version.parse(said.minimum):
+        yield Problem(
+            field,
+            "VersionBelowMinimum",
+            f"the spec itself asks for at least {said.minimum}",
+            "Use a newer image, or change vllmVersion.minimum.",
+            str(version),
+        )
 
 
 _VERSION_CHECKS: tuple[Callable[[api.Spec, catalogue.Version], Iterator[Problem]], ...] = (
     _version,
-    _routes,
+    routes.problems,
     layout.versions,
 )
 
@@ -496,7 +491,8 @@ def _risks(spec: api.Spec) -> Iterator[str]:
         yield f"{acceptance.risk}: {acceptance.why}"
     for entry in spec.security.egress:
         yield f"security.egress: {entry.why}"
-    if spec.vllm_version is not None:
+    yield from routes.risks(spec)
+    if spec.vllm_version is not None and spec.vllm_version.assume is not None:
         yield f"vllmVersion.assume: the routes are those of {spec.vllm_version.assume}, whatever the image holds"
     if spec.security.media.allow_redirects:
         yield "security.media.allowRedirects: a redirect leads past the allowed domains"

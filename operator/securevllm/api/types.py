@@ -414,6 +414,11 @@ class AllowEntry(Model):
     path: Annotated[str, Field(max_length=256, pattern=r"^/[A-Za-z0-9_./{}-]*$")] = Field(
         description="Exactly as vLLM registers it, with its own {parameters}."
     )
+    unknown_route: Why | None = Field(
+        None,
+        description="Why a route is opened that the catalogue does not know: a literal path, and none that could be"
+        " read as a route that is never opened. Shown in status.",
+    )
 
 
 class Routes(Model):
@@ -684,11 +689,19 @@ class Security(Model):
 # ---------------------------------------------------------------------------------------------------------- resource
 
 
-class VllmVersion(Model):
-    """The vLLM version of an image whose tag does not say it."""
+_Release = Annotated[str, Field(max_length=32, pattern=r"^v?[0-9]{1,4}\.[0-9]{1,4}(\.[0-9]{1,4})?$")]
 
-    assume: Annotated[str, Field(max_length=32, pattern=r"^v?[0-9]{1,4}\.[0-9]{1,4}(\.[0-9]{1,4})?$")] = Field(
-        description="For example 0.33.0."
+
+class VllmVersion(Model):
+    """Which vLLM this is, and which it has to be."""
+
+    assume: _Release | None = Field(
+        None, description="The version of an image whose tag does not say it, for example 0.33.0. Shown in status."
+    )
+    minimum: _Release | None = Field(
+        None,
+        description="Older versions are refused. Absent: the floor of the catalogue, and beside the accepted risk"
+        " vllmVersionBelowFloor nothing.",
     )
 
 
@@ -719,7 +732,7 @@ class Spec(Model):
     model: ModelSpec = Field(description="The model that is served.")
     image: Image = Field(description="Image of vLLM; the version is read from its tag, or said in vllmVersion.")
     vllm_version: VllmVersion | None = Field(
-        None, description="The vLLM version of an image whose tag does not say it."
+        None, description="Which vLLM this is, when the tag of the image does not say it, and which it has to be."
     )
     image_pull_secrets: Annotated[tuple[SecretRef, ...], Field(json_schema_extra=listed("name", limit=8))] = Field(
         (), description="Secrets with credentials of the registry."
@@ -764,6 +777,19 @@ class Condition(Model):
     observed_generation: int | None = Field(None, description="Generation of the spec that this is about.")
 
 
+class AdvisoryStatus(Model):
+    """A published hole of the vLLM that runs."""
+
+    id: Annotated[str, Field(max_length=64)] = Field(description="CVE, GHSA or PYSEC number.")
+    severity: Literal["critical", "high", "medium"] = Field(description="How bad it is.")
+    control: Annotated[str, Field(max_length=64)] | None = Field(
+        None, description="What of this operator keeps an attacker away. Absent: only a newer version helps."
+    )
+    fixed_in: Annotated[str, Field(max_length=32)] | None = Field(
+        None, description="First vLLM release without it. Absent: none is known."
+    )
+
+
 class Status(Model):
     """What the operator saw."""
 
@@ -778,6 +804,9 @@ class Status(Model):
     )
     vllm_version: Annotated[str, Field(max_length=64)] | None = Field(
         None, description="The vLLM version whose routes are rendered."
+    )
+    advisories: Annotated[tuple[AdvisoryStatus, ...], Field(json_schema_extra=listed("id", limit=64))] = Field(
+        (), description="Published holes of this vLLM version that concern this spec, worst first."
     )
     last_verified: Annotated[str, Field(max_length=32, json_schema_extra={"format": "date-time"})] | None = Field(
         None, description="When isolation was measured last."

@@ -9,8 +9,10 @@ from __future__ import annotations
 import functools
 import re
 import tomllib
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from importlib import resources
+from types import MappingProxyType
 from typing import Any
 
 _VERSION = re.compile(
@@ -68,6 +70,7 @@ class Route:
     source: str
     profiles: tuple[str, ...] = ()
     never: bool = False
+    mount: bool = False
     streaming: bool = False
     when: str = ""
     versions: Range = Range()
@@ -96,6 +99,87 @@ class Socket:
     def random(self) -> bool:
         """Whether the kernel chooses the port."""
         return self.port == 0
+
+
+@dataclass(frozen=True)
+class Beside:
+    """One listening socket of a program beside vLLM. Columns: see ``data/beside.toml``."""
+
+    name: str
+    port: int
+    knob: str
+    protocol: str
+    speaks: str
+    when: str
+    why: str
+    source: str
+
+
+CONTROLS: Mapping[str, str] = MappingProxyType(
+    {
+        "network-policy": "only pods of the same group reach the engine's sockets",
+        "egress-policy": "engines reach nothing but what the spec declares",
+        "route-allowlist": "the gateway does not let the route through",
+        "gateway-headers": "the gateway writes Host and X-Request-Id itself",
+        "gateway-authentication": "the gateway asks for its own key on every route",
+        "gateway-limits": "the gateway limits headers, body and rate of requests",
+        "guard": "the flag, variable or connector that it needs is refused",
+    }
+)
+"""What keeps an attacker away from a hole in vLLM, by the names that ``data/advisories.toml`` uses."""
+
+FEATURES: Mapping[str, str] = MappingProxyType(
+    {
+        "nodes": "several pods in one group",
+        "pipeline": "pipeline parallelism",
+        "mooncake": "the Mooncake connector",
+        "nixl": "the NIXL connector",
+        "p2p-nccl": "the P2pNccl connector",
+        "p2p-offload": "the P2P offload tier",
+        "lmcache": "LMCache",
+        "prompt-embeds": "--enable-prompt-embeds",
+        "trust-remote-code": "--trust-remote-code",
+        "speculative": "speculative decoding with extract_hidden_states",
+        "shm-cache": "--mm-processor-cache-type=shm",
+        "rust-frontend": "the Rust frontend",
+        "grpc": "gRPC",
+        "run-batch": "vllm run-batch",
+    }
+)
+"""What has to be in use for some advisories."""
+
+SEVERITIES = ("critical", "high", "medium")
+"""Of advisories, worst first."""
+
+
+@dataclass(frozen=True)
+class Advisory:
+    """A published hole. Columns: see ``data/advisories.toml``."""
+
+    id: str
+    summary: str
+    plane: str
+    severity: str
+    controls: tuple[str, ...]
+    aliases: tuple[str, ...] = ()
+    cvss: float | None = None
+    routes: tuple[tuple[str, str], ...] = ()
+    feature: str = ""
+    component: str = ""
+    versions: Range = Range()
+
+    @property
+    def fixed(self) -> Version | None:
+        """First vLLM without it; None: no fixed release is known, or it depends on another package."""
+        return self.versions.until
+
+
+@dataclass(frozen=True)
+class Danger:
+    """Why a flag or variable is refused. Columns: see ``data/dangers.toml``."""
+
+    why: str
+    severity: str
 
 
 @dataclass(frozen=True)
@@ -167,6 +251,44 @@ def environment() -> Environment:
     """The variables that the guard knows."""
     table = _read("environment.toml")
     return Environment(fixed=table["set"], allowed=frozenset(table["allowed"]["names"]))
+
+
+@functools.cache
+def beside() -> tuple[Beside, ...]:
+    """Sockets of programs beside vLLM."""
+    return tuple(Beside(**row) for row in _read("beside.toml")["socket"])
+
+
+@functools.cache
+def advisories() -> tuple[Advisory, ...]:
+    """All advisories, worst first."""
+    found = []
+    for row in map(dict, _read("advisories.toml")["advisory"]):
+        routes_ = tuple(route.partition(" ")[::2] for route in row.pop("routes", ()))
+        lists: dict[str, Any] = {name: tuple(row.pop(name, ())) for name in ("aliases", "controls")}
+        found.append(Advisory(versions=_range(row), routes=routes_, **lists, **row))
+    return tuple(sorted(found, key=lambda item: SEVERITIES.index(item.severity)))
+
+
+def advisories_of(version: Version, features: Collection[str]) -> tuple[Advisory, ...]:
+    """Advisories that hit a version when these features are in use, worst first."""
+    return tuple(
+        item for item in advisories() if version in item.versions and (not item.feature or item.feature in features)
+    )
+
+
+@functools.cache
+def dangers() -> tuple[dict[str, Danger], dict[str, Danger]]:
+    """Dangerous flags and dangerous variables, by name."""
+    flags_, variables = (
+        {
+            name: Danger(group["why"], group["severity"])
+            for group in _read("dangers.toml")[part]
+            for name in group["names"]
+        }
+        for part in ("flags", "variables")
+    )
+    return flags_, variables
 
 
 @functools.cache

@@ -8,6 +8,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from securevllm import catalogue
+from securevllm.api import routes
 from securevllm.context import CidrPeer, Context, PodPeer, Selector
 from securevllm.context import Peer as AnyPeer
 from securevllm.render import gateway
@@ -163,8 +164,8 @@ def view(owner: Owner, accepted: Accepted, context: Context) -> View:
     """
     spec = accepted.spec
     topology = plan(spec, context)
-    routes = _routes(spec, accepted.version)
-    known = catalogue.routes_of(accepted.version).values()
+    passing = _routes(spec, accepted.version)
+    known = catalogue.routes_of(accepted.version)
     # All groups are alike: one line stands for them.
     meshes = {flow.why: flow for flow in topology.flows if isinstance(flow, Mesh)}.values()
     flows = tuple(
@@ -179,13 +180,13 @@ def view(owner: Owner, accepted: Accepted, context: Context) -> View:
         version=str(accepted.version),
         url=_line(gateway.url(owner, spec, context)),
         suspended=spec.suspend,
-        summary=_summary(owner, spec, flows, routes, risks),
+        summary=_summary(owner, spec, flows, passing, risks),
         pods=tuple(Pods(item.role.value, item.replicas) for item in topology.pods),
         sockets=topology.sockets,
         flows=flows,
-        routes=routes,
-        refused=len(known) - len(routes),
-        never=sum(route.never or route.method == catalogue.WEBSOCKET for route in known),
+        routes=passing,
+        refused=len(known) - sum((route.method, route.path) in known for route in passing),
+        never=sum(route.never or route.method == catalogue.WEBSOCKET for route in known.values()),
         risks=risks,
     )
 
@@ -196,15 +197,15 @@ def _line(text: str) -> str:
 
 
 def _routes(spec: api.Spec, version: catalogue.Version) -> tuple[Route, ...]:
-    known = catalogue.routes_of(version)
     wanted = spec.gateway.routes
-    entries = {(entry.method, entry.path) for entry in wanted.allow}
+    entries: dict[tuple[str, str], api.AllowEntry] = {(entry.method, entry.path): entry for entry in wanted.allow}
     found = []
-    for allowed in gateway.allowed_routes(spec, version):
-        key = (allowed.method, allowed.path)
-        profiles = [name for name in wanted.profiles if name in known[key].profiles]
-        opened = ", ".join([*profiles, *(["routes.allow"] if key in entries else [])])
-        found.append(Route(*key, streaming=allowed.streaming, vllm_key=known[key].key, opened_by=opened))
+    for route in routes.allowed(spec, version):
+        entry = entries.get((route.method, route.path))
+        profiles = [name for name in wanted.profiles if name in route.profiles]
+        why = "" if entry is None or entry.unknown_route is None else f": {entry.unknown_route}"
+        opened = ", ".join([*profiles, *([f"routes.allow{why}"] if entry else [])])
+        found.append(Route(route.method, route.path, route.streaming, vllm_key=route.key, opened_by=_line(opened)))
     return tuple(found)
 
 
@@ -265,7 +266,7 @@ def _selector(selector: Selector) -> str:
 
 
 def _summary(
-    owner: Owner, spec: api.Spec, flows: tuple[Flow, ...], routes: tuple[Route, ...], risks: tuple[str, ...]
+    owner: Owner, spec: api.Spec, flows: tuple[Flow, ...], passing: tuple[Route, ...], risks: tuple[str, ...]
 ) -> tuple[Fact, ...]:
     authentication, tls = spec.gateway.authentication, spec.gateway.tls
     clients = [peer for flow in flows if flow.source == Outside.CLIENTS for peer in flow.peers]
@@ -295,7 +296,7 @@ def _summary(
             any("gateway.clients" in risk for risk in risks),
         ),
         Fact("What they need", _line(f"{key}; {wire}"), authentication.none is not None or tls.disabled is not None),
-        Fact("What they may ask", f"{count(len(routes), 'exact route')}; the gateway refuses everything else"),
+        Fact("What they may ask", f"{count(len(passing), 'exact route')}; the gateway refuses everything else"),
         Fact("What an engine may reach", "; ".join(["DNS", *declared]) + "; nothing else", bool(declared)),
         Fact("What other pods may reach", "; ".join(["DNS", *beside]) + "; nothing else"),
         Fact(

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from securevllm import catalogue
+from securevllm.api import routes
 from securevllm.api import types as api
 from securevllm.api.units import quantity
 from securevllm.render import engine, envoy, pods
@@ -19,6 +19,7 @@ from securevllm.render.meta import Object, Owner, digest
 from securevllm.topology import GATEWAY_ADMIN, GATEWAY_HTTP, Role, Topology
 
 if TYPE_CHECKING:
+    from securevllm import catalogue
     from securevllm.context import Context
 
 ROLE = Role.GATEWAY.value
@@ -39,15 +40,10 @@ _THREADS = 2
 
 
 def allowed_routes(spec: api.Spec, version: catalogue.Version) -> tuple[envoy.AllowedRoute, ...]:
-    """The effective allowlist: profiles and single entries; never a route that is marked so."""
-    entries = {(entry.method, entry.path) for entry in spec.gateway.routes.allow}
-    profiles = set(spec.gateway.routes.profiles)
+    """The effective allowlist, as Envoy is told it."""
     return tuple(
         envoy.AllowedRoute(route.method, route.path, streaming=route.streaming)
-        for key, route in sorted(catalogue.routes_of(version).items())
-        if not route.never
-        and route.method != catalogue.WEBSOCKET
-        and (key in entries or profiles & set(route.profiles))
+        for route in routes.allowed(spec, version)
     )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from securevllm.status.conditions import Transition, merge, transitions
 from securevllm.status.facts import Facts, Failure, Fetch, Gateway, Workload, fetch, workload
+
+if TYPE_CHECKING:
+    from securevllm.api.advisories import Hit
 
 __all__ = [
     "Facts",
@@ -20,6 +23,10 @@ __all__ = [
     "transitions",
     "workload",
 ]
+
+
+_ADVISORIES = 64
+"""As many as the CRD takes; they are sorted, worst first."""
 
 
 def status(facts: Facts, previous: Mapping[str, Any], now: str) -> dict[str, Any]:
@@ -38,7 +45,18 @@ def status(facts: Facts, previous: Mapping[str, Any], now: str) -> dict[str, Any
         "selector": facts.selector,
         "url": facts.url,
         "vllmVersion": facts.version,
+        "advisories": [_advisory(hit) for hit in facts.advisories[:_ADVISORIES]],
         "outdated": list(facts.outdated),
         "acceptedRisks": list(facts.risks),
         "conditions": merge(facts, previous.get("conditions", ()), now),
     }
+
+
+def _advisory(hit: Hit) -> dict[str, Any]:
+    told = {
+        "id": hit.advisory.id,
+        "severity": hit.advisory.severity,
+        "control": hit.control,
+        "fixedIn": str(hit.advisory.fixed or ""),
+    }
+    return {name: value for name, value in told.items() if value}

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from securevllm.api.advisories import Hit
     from securevllm.errors import Problem
 
 
@@ -103,6 +104,7 @@ class Facts:
         url: where clients find the gateway.
         selector: one pod per model replica.
         version: the vLLM version, as claimed by the image.
+        advisories: published holes that concern the spec.
         verification: mode of ``spec.security.verification``.
     """
 
@@ -125,6 +127,7 @@ class Facts:
     url: str = ""
     selector: str = ""
     version: str = ""
+    advisories: tuple[Hit, ...] = ()
     verification: str = "Report"
 
 

@@ -21,7 +21,6 @@ class Reviewed:
     """Judgements of people: `reviewed.toml`, and the dangers that ship with the catalogue.
 
     Attributes:
-        open: rows with method, path, until (a version) and why: routes without a key in older versions.
         servers: file that makes another HTTP server than the API's, to why its routes are no concern of the gateway.
         unreadable: rows with kind, file, code (patterns) and why.
         flags: names that are classified, as dangerous or as harmless.
@@ -30,7 +29,6 @@ class Reviewed:
         suspicious_variables: the same.
     """
 
-    open: tuple[dict[str, str], ...]
     servers: dict[str, str]
     unreadable: tuple[dict[str, str], ...]
     flags: frozenset[str]
@@ -45,7 +43,6 @@ def reviewed() -> Reviewed:
     data = tomllib.loads((resources.files(__package__) / "reviewed.toml").read_text(encoding="utf-8"))
     dangers = tomllib.loads((resources.files(catalogue) / "data" / "dangers.toml").read_text(encoding="utf-8"))
     return Reviewed(
-        open=tuple(data["open"]),
         servers=data["servers"],
         unreadable=tuple(data["unreadable"]),
         flags=_names(dangers["flags"]) | frozenset(data["flags"]["harmless"]),
@@ -71,7 +68,7 @@ def review(found: Findings, *, complete: bool) -> list[str]:
     except ValueError as error:
         return [f"version: {error}; rows of the catalogue cannot be chosen"]
     known = catalogue.routes_of(version)
-    complaints = list(_routes(found.routes, known, found.guarded, version))
+    complaints = list(_routes(found.routes, known, found.guarded))
     if complete:
         complaints += _missing(found.routes, known)
     flags = catalogue.flags()
@@ -101,12 +98,7 @@ def _listed(name: str, listed: set[str]) -> bool:
     return name in listed or (name.startswith("--no-") and "--" + name[5:] in listed)
 
 
-def _routes(
-    routes: Iterable[Route], known: _Known, guarded: tuple[str, ...], version: catalogue.Version
-) -> Iterator[str]:
-    open_then = {
-        (row["method"], row["path"]) for row in reviewed().open if version < catalogue.Version.parse(row["until"])
-    }
+def _routes(routes: Iterable[Route], known: _Known, guarded: tuple[str, ...]) -> Iterator[str]:
     for route in routes:
         shown = f"{route.where}: {route.method} {route.path}"
         if route.server != API:
@@ -115,8 +107,6 @@ def _routes(
             continue
         row = _row(route, known)
         is_guarded = bool(guarded) and route.path.startswith(guarded)
-        if (route.method, route.path) in open_then and not is_guarded:
-            continue
         if row is None:
             yield f"{shown}: not classified"
         elif row.key != is_guarded:
