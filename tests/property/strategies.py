@@ -1,4 +1,4 @@
-"""Valid specs of the single-pod topology, as a user would write them: JSON, most fields absent.
+"""Valid specs of every topology, as a user would write them: JSON, most fields absent.
 
 Selectors and addresses come from small pools, so that they meet the pods and the outside addresses of `world`.
 """
@@ -169,8 +169,77 @@ def engines() -> st.SearchStrategy[JsonMap]:
     )
 
 
+MOVED = {"nodes": "torchDistributed", "data": "dataParallelRpc", "nixl": "nixlSideChannel", "kv-events": "kvEvents"}
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> tuple[JsonMap, set[str]]:
+    """`parallelism` that adds up, and what it opens (column `when` of the socket catalogue)."""
+    tensor, pipeline = draw(st.sampled_from([1, 2, 8])), draw(st.sampled_from([1, 2]))
+    found: JsonMap = {"tensor": tensor, "pipeline": pipeline}
+    kind = draw(st.sampled_from(["pod", "pod", "nodes", "data in a pod", "internal", "hybrid", "external"]))
+    if kind == "pod":
+        return draw(st.sampled_from([found, {}, {"tensor": tensor, "expert": True} if tensor > 1 else {}])), set()
+    if kind == "nodes":
+        nodes = draw(st.sampled_from([count for count in (2, 4) if tensor * pipeline % count == 0] or [1]))
+        return found | {"nodes": nodes}, {"nodes"} if nodes > 1 else set()
+    if kind == "data in a pod":
+        return found | {"data": {"size": draw(st.sampled_from([1, 2, 4]))}}, set()
+    data: JsonMap = {"size": draw(st.sampled_from([2, 3])) * draw(st.sampled_from([1, 2])), "loadBalancing": kind}
+    if kind == "external":
+        return found | {"expert": True, "data": data | {"sizeLocal": 1}}, {"data"}
+    pods = draw(st.sampled_from([count for count in (2, 3) if data["size"] % count == 0]))
+    local = data["size"] // pods
+    found |= draw(st.sampled_from([{"nodes": pods, "data": data}, {"data": data | {"sizeLocal": local}}]))
+    return found | {"expert": draw(st.booleans())}, {"data"}
+
+
+@st.composite
+def topologies(draw: st.DrawFn) -> JsonMap:
+    """The fields that shape a topology, with ports of what they open moved at random."""
+    found: JsonMap = {}
+    opened: set[str] = set()
+    if draw(st.integers(0, 2)):
+        shape, opened = draw(shapes())
+        found = {"parallelism": shape, "replicas": draw(st.integers(0, 3))}
+    else:
+        sides: JsonMap = {}
+        for side in ("prefill", "decode"):
+            shape, more = draw(shapes().filter(lambda made: _balanced_inside(made[0])))
+            sides[side] = {"replicas": draw(st.integers(0, 2)), "parallelism": shape}
+            opened |= more
+        connector = draw(st.sampled_from(["nixl", "mooncake"]))
+        router = {"image": "vllm/vllm-router:v0.1.17", "replicas": draw(st.integers(0, 2))}
+        found = {"disaggregation": {"connector": connector, "router": router, **sides}}
+        opened.add(connector)
+    if draw(st.booleans()):
+        readers = draw(peers(CIDRS))
+        found["security"] = {"kvEvents": {"from": readers, "why": draw(WHY)}}
+        opened.add("kv-events")
+    moved = draw(st.sets(st.sampled_from(sorted(opened)))) if opened else set()
+    found["ports"] = {MOVED[when]: 20000 + 100 * number for number, when in enumerate(sorted(moved)) if when in MOVED}
+    if draw(st.booleans()):
+        found["ports"]["api"] = draw(st.sampled_from([1024, 8001, 8443, 9902, 65535]))
+    return found
+
+
+def _balanced_inside(shape: JsonMap) -> bool:
+    return bool(shape.get("data", {}).get("loadBalancing", "internal") == "internal")
+
+
 def specs() -> st.SearchStrategy[JsonMap]:
     """Whole specs that `parse` accepts."""
+    return st.tuples(topologies(), plain_specs()).map(_together)
+
+
+def _together(parts: tuple[JsonMap, JsonMap]) -> JsonMap:
+    topology, plain = parts
+    security = {**plain.get("security", {}), **topology.get("security", {})}
+    return {**plain, **topology, **({"security": security} if security else {})}
+
+
+def plain_specs() -> st.SearchStrategy[JsonMap]:
+    """Specs without what shapes the topology."""
     return st.fixed_dictionaries(
         {
             "model": models(),
@@ -178,9 +247,6 @@ def specs() -> st.SearchStrategy[JsonMap]:
         },
         optional={
             "imagePullSecrets": st.just([{"name": "pull"}]),
-            "replicas": st.integers(0, 3),
-            "parallelism": optional(tensor=st.sampled_from([1, 8]), pipeline=st.sampled_from([1, 2])),
-            "ports": optional(api=st.sampled_from([1024, 8001, 8443, 9902, 65535])),
             "engine": engines(),
             "suspend": st.booleans(),
             "updatePolicy": st.sampled_from(["WithSpec", "Always"]),

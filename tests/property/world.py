@@ -18,7 +18,7 @@ from securevllm.api.parse import parse
 from securevllm.context import CidrPeer, Context, Peer, Selector
 from securevllm.render import Observed, Rendered, render
 from securevllm.render.meta import Owner
-from securevllm.topology import Inbound, Internal, Outbound, Role, Topology
+from securevllm.topology import Inbound, Internal, Mesh, Outbound, Role, Socket, Topology
 from tests.netpol import Engine, Evaluator, External, Node, Pod, pod_from_template
 
 NAMESPACES = {
@@ -48,11 +48,15 @@ Endpoint = Pod | Node | External
 
 @dataclass(frozen=True, eq=False)
 class Member:
-    """A pod of a resource. Without a topology it is a remainder of a deleted resource: it may do nothing."""
+    """A pod of a resource. Without a topology it is a remainder of a deleted resource: it may do nothing.
+
+    ``group`` is empty for the pods of a Deployment or a Job.
+    """
 
     pod: Pod
     owner: Owner
     role: Role
+    group: str
     topology: Topology | None
 
 
@@ -87,7 +91,7 @@ class _Addresses:
 
 
 def world(resources: Iterable[tuple[Owner, Rendered]], context: Context) -> World:
-    """Two pods of each role, one on each node, remainders of the first resource's predecessor, and the outside."""
+    """Make two pods of each role, all of each group, remainders of the first one's predecessor, and the outside."""
     addresses = _Addresses("1.1.1" if context is PUBLIC_CONTEXT else "10.244.0")
     found = list(resources)
     owner, made = found[0]
@@ -96,13 +100,15 @@ def world(resources: Iterable[tuple[Owner, Rendered]], context: Context) -> Worl
     for one in members[::2]:
         labels = {**one.pod.labels, "securevllm.io/resource": before.label}
         pod = Pod(f"before-{one.pod.name}", one.pod.namespace, labels, addresses.next())
-        members.append(Member(pod, before, one.role, None))
+        members.append(Member(pod, before, one.role, one.group, None))
     for owner, made in found[1:]:
         members += _members(owner, made, addresses, made.topology, NODES[:1])
     # Somebody copied our labels in another namespace; its default-deny keeps those pods shut.
     stranger = Owner("stranger", "other", "")
     members += [
-        Member(Pod(f"copy-{one.pod.name}", "other", one.pod.labels, addresses.next()), stranger, one.role, None)
+        Member(
+            Pod(f"copy-{one.pod.name}", "other", one.pod.labels, addresses.next()), stranger, one.role, one.group, None
+        )
         for one in members
         if one.owner == found[0][0]
     ]
@@ -114,19 +120,22 @@ def world(resources: Iterable[tuple[Owner, Rendered]], context: Context) -> Worl
 def _members(
     owner: Owner, made: Rendered, addresses: _Addresses, topology: Topology, nodes: tuple[Node, ...]
 ) -> list[Member]:
-    members = []
+    members: list[Member] = []
     for workload in (*made.workloads, *made.withheld):
         template = workload["spec"]["template"]
-        role = Role(template["metadata"]["labels"]["securevllm.io/role"])
-        for node in nodes:
+        labels = template["metadata"]["labels"]
+        # A member of a group is one pod; of a Deployment there is one on each node.
+        alone = workload["kind"] == "StatefulSet"
+        for node in nodes[len(members) % len(nodes) :][:1] if alone else nodes:
             pod = pod_from_template(
                 template,
-                name=f"{owner.label}-{role}-{node.name}",
+                name=f"{workload['metadata']['name']}-{owner.label}-{node.name}",
                 namespace=owner.namespace,
                 ips=addresses.next(),
                 node=node.name,
             )
-            members.append(Member(pod, owner, role, topology))
+            role, group = Role(labels["securevllm.io/role"]), labels.get("securevllm.io/group", "")
+            members.append(Member(pod, owner, role, group, topology))
     return members
 
 
@@ -180,12 +189,14 @@ def egress(sender: Member, receiver: Member | None, destination: Endpoint, proto
     for flow in sender.topology.flows if sender.topology else ():
         match flow:
             case Internal() if flow.source == sender.role and _is(receiver, sender.owner, flow.to.role):
-                ports |= {flow.to.port} if flow.to.protocol == protocol else set()
+                ports |= _numbers(flow.to, protocol)
+            case Mesh() if flow.group == sender.group and _shares(sender, receiver) and protocol == "TCP":
+                return ALL
             case Outbound() if flow.source == sender.role and _any(flow.peers, sender.owner, destination):
                 ports |= {rule.port for rule in flow.ports if rule.protocol == protocol}
             case _:
                 pass
-    return frozenset(ports)
+    return _known(ports)
 
 
 def ingress(receiver: Member, sender: Member | None, source: Endpoint, protocol: str) -> frozenset[int]:
@@ -196,12 +207,34 @@ def ingress(receiver: Member, sender: Member | None, source: Endpoint, protocol:
     for flow in receiver.topology.flows if receiver.topology else ():
         match flow:
             case Internal() if flow.to.role == receiver.role and _is(sender, receiver.owner, flow.source):
-                ports |= {flow.to.port} if flow.to.protocol == protocol else set()
+                ports |= _numbers(flow.to, protocol)
+            case Mesh() if flow.group == receiver.group and _shares(receiver, sender) and protocol == "TCP":
+                return ALL
             case Inbound() if flow.to.role == receiver.role and _any(flow.peers, receiver.owner, source):
-                ports |= {flow.to.port} if flow.to.protocol == protocol else set()
+                ports |= _numbers(flow.to, protocol)
             case _:
                 pass
-    return frozenset(ports)
+    return _known(ports)
+
+
+def _known(ports: set[int]) -> frozenset[int]:
+    """The set, as an object whose hash is known already when it is that of every port."""
+    return ALL if len(ports) == len(ALL) else frozenset(ports)
+
+
+def _numbers(socket: Socket, protocol: str) -> frozenset[int]:
+    if socket.protocol != protocol:
+        return frozenset()
+    return _range(socket.port, socket.last or socket.port)
+
+
+@cache
+def _range(first: int, last: int) -> frozenset[int]:
+    return ALL if (first, last) == (1, 65535) else frozenset(range(first, last + 1))
+
+
+def _shares(one: Member, other: Member | None) -> bool:
+    return other is not None and (one.owner, one.group) == (other.owner, other.group)
 
 
 def _is(member: Member | None, owner: Owner, role: Role) -> bool:

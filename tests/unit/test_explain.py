@@ -36,6 +36,23 @@ RICH: dict[str, Any] = {
     },
     "security": {"egress": [{"to": {"cidrs": ["0.0.0.0/0"]}, "ports": [{"port": 443}], "why": "images of users"}]},
 }
+EVENTS = {"from": {"podSelector": {}}, "why": "the router asks for it"}
+SPLIT: dict[str, Any] = {
+    **FINE,
+    "disaggregation": {
+        "connector": "mooncake",
+        "router": {"image": "vllm/vllm-router:v0.1.17"},
+        "prefill": {"replicas": 2, "parallelism": {"tensor": 8, "nodes": 2}},
+        "decode": {"replicas": 3, "parallelism": {"tensor": 8, "nodes": 4}},
+    },
+    "security": {**RICH["security"], "kvEvents": EVENTS},
+}
+HYBRID: dict[str, Any] = {
+    **RICH,
+    "model": {"name": "/models/llama"},
+    "parallelism": {"data": {"size": 8, "sizeLocal": 2, "loadBalancing": "hybrid"}},
+    "security": {"kvEvents": EVENTS},
+}
 ATTACKS = (
     "<script>alert(1)</script>",
     "</style><img src=x onerror=alert(1)>",
@@ -277,14 +294,23 @@ def test_several_resources_are_one_page() -> None:
     assert page.count("<html") == page.count("<h1>") - 1 == 1
 
 
-def test_boxes_of_the_picture_stay_in_it_and_apart() -> None:
-    picture = explain.html(view(**RICH)).split("<svg")[1].split("</svg>")[0]
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [
+        (RICH, 3 + 2 + 2 + 1),
+        (SPLIT, 6 + 2 + 3 + 1),  # workers publish no events: with nodes only the head schedules
+        (HYBRID, 2 + 2 + 1 + 1),
+    ],
+    ids=["one pod", "prefill and decode", "hybrid"],
+)
+def test_boxes_of_the_picture_stay_in_it_and_apart(spec: dict[str, Any], expected: int) -> None:
+    picture = explain.html(view(**spec)).split("<svg")[1].split("</svg>")[0]
     _, top, width, height = map(int, re.findall(r'viewBox="(\S+) (\S+) (\S+) (\S+)"', picture)[0])
     boxes = [
         tuple(map(int, found))
         for found in re.findall(r'<rect class="(?:pod)?" x="(\d+)" y="(\d+)" width="(\d+)" height="(\d+)"', picture)
     ]
-    assert len(boxes) == 3 + 2 + 2 + 1
+    assert len(boxes) == expected
     for index, (x, y, wide, high) in enumerate(boxes):
         assert x >= 0
         assert x + wide <= width
@@ -292,6 +318,23 @@ def test_boxes_of_the_picture_stay_in_it_and_apart() -> None:
         assert y + high <= top + height
         for other_x, other_y, other_wide, other_high in boxes[index + 1 :]:
             assert x + wide <= other_x or other_x + other_wide <= x or y + high <= other_y or other_y + other_high <= y
+
+
+def test_groups_are_told_once_for_all_that_are_alike() -> None:
+    seen = view(**SPLIT)
+    assert [(item.names, len(item.members)) for item in seen.groups] == [(("p0", "p1"), 2), (("d0", "d1", "d2"), 4)]
+    text = explain.text(seen)
+    assert "p0 to p1  prefill, prefill-worker" in text
+    within = [flow for flow in seen.flows if flow.why.startswith("one model replica")]
+    assert {(flow.source, flow.destination) for flow in within} == {
+        ("prefill", "prefill-worker"),
+        ("prefill-worker", "prefill"),
+        ("decode", "decode-worker"),
+        ("decode-worker", "decode"),
+        ("decode-worker", "decode-worker"),
+    }
+    assert any(fact.name == "Who reads KV events" and fact.open for fact in seen.summary)
+    assert "9 pods, each with each" in explain.html(seen)
 
 
 # ----------------------------------------------------------------------------------------------------------- Mermaid

@@ -13,8 +13,10 @@ from securevllm.api.addresses import NOT_PUBLIC, is_public
 from securevllm.api.parse import parse
 from securevllm.context import CidrPeer, Context, PodPeer, Selector
 from securevllm.topology import (
+    Group,
     Inbound,
     Internal,
+    Mesh,
     Outbound,
     Outside,
     PortRule,
@@ -100,6 +102,110 @@ def test_suspended_has_the_same_flows_and_no_pods() -> None:
     found = topology(suspend=True)
     assert pairs(found) == BASE
     assert {item.replicas for item in found.pods} == {0}
+
+
+# --------------------------------------------------------------------------------------------------- several pods
+
+SPLIT: dict[str, Any] = {
+    "connector": "nixl",
+    "router": {"image": "vllm/vllm-router:v0.1.17"},
+    "prefill": {"replicas": 2, "parallelism": {"tensor": 8, "nodes": 2}},
+    "decode": {"replicas": 1},
+}
+NODES: dict[str, Any] = {"parallelism": {"tensor": 8, "pipeline": 2, "nodes": 4}, "replicas": 2}
+
+
+def meshes(found: Topology) -> list[str]:
+    return [flow.group for flow in found.flows if isinstance(flow, Mesh)]
+
+
+def counts(found: Topology) -> dict[str, int]:
+    return {item.role.value: item.replicas for item in found.pods}
+
+
+def test_a_replica_over_nodes_is_a_group_whose_head_alone_has_http() -> None:
+    found = topology(**NODES)
+    worker = Role.ENGINE_WORKER
+    assert found.groups == tuple(Group(name, (Role.ENGINE, worker, worker, worker)) for name in ("e0", "e1"))
+    assert counts(found) == {"gateway": 2, "engine": 2, "engine-worker": 6}
+    assert meshes(found) == ["e0", "e1"]
+    assert pairs(found) == BASE | {("engine-worker", "dns", 53)}
+    assert {socket.name for socket in found.sockets if socket.role is worker} == {"gloo", "nccl", "message-queue"}
+    assert found.socket(Role.ENGINE, "torch-distributed").port == 29501
+    assert not [socket for socket in found.sockets if socket.role.headless and socket.name == "api"]
+
+
+@pytest.mark.parametrize(
+    ("data", "members"),
+    [
+        ({"size": 4, "sizeLocal": 2}, (Role.ENGINE, Role.ENGINE_WORKER)),
+        ({"size": 4, "sizeLocal": 2, "loadBalancing": "hybrid"}, (Role.ENGINE, Role.ENGINE)),
+        ({"size": 2, "sizeLocal": 1, "loadBalancing": "external"}, (Role.ENGINE, Role.ENGINE)),
+    ],
+)
+def test_data_parallel_ranks_over_pods(data: dict[str, Any], members: tuple[Role, ...]) -> None:
+    found = topology(parallelism={"data": data, "tensor": 2, "expert": True})
+    assert found.groups == (Group("e0", members),)
+    assert meshes(found) == ["e0"]
+    assert found.socket(Role.ENGINE, "data-parallel-rpc").port == 29550
+    assert {flow.to.role for flow in found.flows if isinstance(flow, Internal)} == {Role.ENGINE}
+
+
+def test_data_parallel_ranks_in_one_pod_are_no_group() -> None:
+    found = topology(parallelism={"data": {"size": 4}}, replicas=3)
+    assert (found.groups, meshes(found), pairs(found)) == ((), [], BASE)
+
+
+def test_prefill_and_decode_exchange_and_the_router_alone_asks_them() -> None:
+    found = topology(disaggregation=SPLIT)
+    assert [group.name for group in found.groups] == ["p0", "p1", "d0"]
+    assert meshes(found) == ["p0", "p1"]  # a group of one has nobody to talk to
+    assert found.entry is Role.ROUTER
+    internal = pairs(found) - {(source, to, port) for source, to, port in pairs(found) if "/" not in to}
+    assert internal == {
+        *((source, to, port) for source, to, port in BASE if to.startswith("gateway")),
+        ("gateway", "router/api", 8090),
+        ("router", "prefill/api", 8000),
+        ("router", "decode/api", 8000),
+        ("prefill", "decode/any", 1),
+        ("prefill-worker", "decode/any", 1),
+        ("decode", "prefill/any", 1),
+        ("decode", "prefill-worker/any", 1),
+    }
+    assert {str(flow.to.rule) for flow in found.flows if isinstance(flow, Internal) and flow.to.name == "any"} == {
+        "TCP, every port"
+    }
+
+
+def test_only_mooncake_is_asked_for_its_ranks() -> None:
+    found = topology(disaggregation={**SPLIT, "connector": "mooncake"}, ports={"mooncakeBootstrap": 9000})
+    assert ("router", "prefill/mooncake-bootstrap", 9000) in pairs(found)
+    assert [socket.role for socket in found.sockets if socket.name == "mooncake-bootstrap"] == [Role.PREFILL]
+
+
+def test_events_are_for_their_readers_one_port_for_each_rank() -> None:
+    events = {"from": {"podSelector": {}}, "why": "the router asks"}
+    found = topology(parallelism={"data": {"size": 4, "sizeLocal": 2}}, security={"kvEvents": events})
+    readers = [flow for flow in found.flows if isinstance(flow, Inbound) and flow.source is Outside.READERS]
+    assert [(flow.to.role, str(flow.to.rule), flow.why) for flow in readers] == [
+        (Role.ENGINE, "TCP 5557-5560", "the router asks"),
+        (Role.ENGINE_WORKER, "TCP 5557-5560", "the router asks"),
+    ]
+    # Without data parallelism only the head schedules, so only it publishes.
+    alone = topology(**NODES, security={"kvEvents": events})
+    assert [socket.role for socket in alone.sockets if socket.name == "kv-events"] == [Role.ENGINE]
+
+
+def test_a_group_keeps_its_flows_while_suspended() -> None:
+    found = topology(**NODES, suspend=True)
+    assert meshes(found) == ["e0", "e1"]
+    assert set(counts(found).values()) == {0}
+
+
+def test_what_is_declared_holds_for_every_role_that_runs_vllm() -> None:
+    egress = [{"to": {"cidrs": ["0.0.0.0/0"]}, "ports": [{"port": 443}], "why": "images of users"}]
+    found = topology(disaggregation=SPLIT, security={"egress": egress})
+    assert {source for source, to, _ in pairs(found) if to == "declared"} == {"prefill", "prefill-worker", "decode"}
 
 
 def clients(**peers: Any) -> tuple[Any, ...]:

@@ -491,6 +491,8 @@ def _risks(spec: api.Spec) -> Iterator[str]:
         yield f"{acceptance.risk}: {acceptance.why}"
     for entry in spec.security.egress:
         yield f"security.egress: {entry.why}"
+    if spec.security.kv_events is not None:
+        yield f"security.kvEvents: {spec.security.kv_events.why}"
     yield from routes.risks(spec)
     if spec.vllm_version is not None and spec.vllm_version.assume is not None:
         yield f"vllmVersion.assume: the routes are those of {spec.vllm_version.assume}, whatever the image holds"

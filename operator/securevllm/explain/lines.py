@@ -27,10 +27,13 @@ def _text_lines(seen: View) -> Iterator[str]:
     yield from _columns([[f"{fact.name}:", fact.words] for fact in seen.summary], indent="")
     yield from ("", "Pods")
     yield from _columns([[item.role, f"x{item.replicas}"] for item in seen.pods])
+    if seen.groups:
+        yield from ("", "Groups: pods that start and end as one, each a trust domain of its own")
+        yield from _columns([[_names(item.names), ", ".join(item.members)] for item in seen.groups])
     yield from ("", "Sockets")
     yield from _columns(
         [
-            [f"{item.role}/{item.name}", f"{item.protocol} {item.port}", f"{item.purpose}; set by {item.knob}"]
+            [f"{item.role}/{item.name}", str(item.rule), item.purpose + (f"; set by {item.knob}" if item.knob else "")]
             for item in seen.sockets
         ]
     )
@@ -63,6 +66,10 @@ def _text_lines(seen: View) -> Iterator[str]:
     yield from ("", CAVEAT)
 
 
+def _names(names: Sequence[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+
+
 def _columns(rows: Sequence[Sequence[str]], *, indent: str = "  ") -> Iterator[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -75,7 +82,7 @@ def as_json(seen: View) -> str:
 
 
 def _camel(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {to_camel(key): value for key, value in pairs}
+    return {to_camel(key): value for key, value in pairs if value is not None}
 
 
 _PLAIN = re.compile(r"[^A-Za-z0-9 .,:/=_-]")

@@ -123,7 +123,7 @@ def _flow_row(flow: Flow) -> tuple[str, ...]:
         el("span", flow.direction.value, class_=flow.direction.value),
         el("div", start, peers) if inbound else start,
         el("div", end, peers) if outbound else end,
-        el("div", *(el("div", f"{rule.protocol} {rule.port}", class_="port") for rule in flow.ports)),
+        el("div", *(el("div", str(rule), class_="port") for rule in flow.ports)),
         flow.why,
     )
 
@@ -140,7 +140,4 @@ def _socket_rows(pods: Pods, sockets: Iterable[Socket]) -> list[tuple[str, ...]]
     count = str(pods.replicas)
     if not own:
         return [(pods.role, count, "none", "", "", "")]
-    return [
-        (pods.role, count, item.name, f"{item.protocol} {item.port}", item.purpose, el("code", item.knob))
-        for item in own
-    ]
+    return [(pods.role, count, item.name, str(item.rule), item.purpose, el("code", item.knob)) for item in own]

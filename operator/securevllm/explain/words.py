@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING
@@ -12,13 +13,25 @@ from securevllm.api import routes
 from securevllm.context import CidrPeer, Context, PodPeer, Selector
 from securevllm.context import Peer as AnyPeer
 from securevllm.render import gateway
-from securevllm.topology import Inbound, Internal, Mesh, Outbound, Outside, PortRule, Role, Socket, plan
+from securevllm.topology import (
+    VLLM,
+    Inbound,
+    Internal,
+    Mesh,
+    Outbound,
+    Outside,
+    PortRule,
+    Role,
+    Socket,
+    Topology,
+    every_port,
+    plan,
+)
 
 if TYPE_CHECKING:
     from securevllm.api import types as api
     from securevllm.api.parse import Accepted
     from securevllm.render.meta import Owner
-    from securevllm.topology import Flow as AnyFlow
 
 
 @dataclass(frozen=True)
@@ -68,6 +81,19 @@ class Pods:
 
     role: str
     replicas: int
+
+
+@dataclass(frozen=True)
+class Groups:
+    """Model replicas whose pods start and end as one; no flow joins two of them but those of KV transfer.
+
+    Attributes:
+        names: of the groups, in the order in which they start.
+        members: roles of the pods of each, by rank.
+    """
+
+    names: tuple[str, ...]
+    members: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -127,6 +153,7 @@ class View:
         suspended: no pods, while the policies are kept.
         summary: the questions that a reviewer has first.
         pods: roles with replicas.
+        groups: which of them are bound together; one entry a side.
         sockets: what listens.
         flows: who may talk to whom; nothing else is allowed.
         routes: what passes the gateway; nothing else does.
@@ -145,6 +172,7 @@ class View:
     suspended: bool
     summary: tuple[Fact, ...]
     pods: tuple[Pods, ...]
+    groups: tuple[Groups, ...]
     sockets: tuple[Socket, ...]
     flows: tuple[Flow, ...]
     routes: tuple[Route, ...]
@@ -166,11 +194,8 @@ def view(owner: Owner, accepted: Accepted, context: Context) -> View:
     topology = plan(spec, context)
     passing = _routes(spec, accepted.version)
     known = catalogue.routes_of(accepted.version)
-    # All groups are alike: one line stands for them.
-    meshes = {flow.why: flow for flow in topology.flows if isinstance(flow, Mesh)}.values()
-    flows = tuple(
-        _flow(flow, owner.namespace) for flow in topology.flows if not isinstance(flow, Mesh) or flow in meshes
-    )
+    groups = tuple(_groups(topology))
+    flows = tuple(_flows(topology, owner.namespace))
     risks = tuple(map(_line, accepted.risks))
     return View(
         name=_line(owner.name),
@@ -180,8 +205,9 @@ def view(owner: Owner, accepted: Accepted, context: Context) -> View:
         version=str(accepted.version),
         url=_line(gateway.url(owner, spec, context)),
         suspended=spec.suspend,
-        summary=_summary(owner, spec, flows, passing, risks),
+        summary=_summary(owner, spec, groups=groups, flows=flows, passing=passing, risks=risks),
         pods=tuple(Pods(item.role.value, item.replicas) for item in topology.pods),
+        groups=groups,
         sockets=topology.sockets,
         flows=flows,
         routes=passing,
@@ -189,6 +215,12 @@ def view(owner: Owner, accepted: Accepted, context: Context) -> View:
         never=sum(route.never or route.method == catalogue.WEBSOCKET for route in known.values()),
         risks=risks,
     )
+
+
+def _groups(topology: Topology) -> Iterator[Groups]:
+    for members in dict.fromkeys(group.members for group in topology.groups):
+        names = tuple(group.name for group in topology.groups if group.members == members)
+        yield Groups(names, tuple(role.value for role in members))
 
 
 def _line(text: str) -> str:
@@ -209,15 +241,28 @@ def _routes(spec: api.Spec, version: catalogue.Version) -> tuple[Route, ...]:
     return tuple(found)
 
 
-def _flow(flow: AnyFlow, namespace: str) -> Flow:
+def _flows(topology: Topology, namespace: str) -> Iterator[Flow]:
+    """Every flow; groups of one side are alike, so the first stands for all of them."""
+    groups = {group.name: group for group in topology.groups}
+    told: set[tuple[Role, ...]] = set()
+    for flow in topology.flows:
+        if not isinstance(flow, Mesh):
+            yield _flow(flow, namespace)
+        elif (members := groups[flow.group].members) not in told:
+            told.add(members)
+            pairs = dict.fromkeys(itertools.permutations(members, 2))
+            yield from (
+                _to_socket(Direction.INTERNAL, one, every_port(other, ""), (), flow.why) for one, other in pairs
+            )
+
+
+def _flow(flow: Inbound | Internal | Outbound, namespace: str) -> Flow:
     match flow:
         case Inbound():
             peers = tuple(_peer(peer, namespace) for peer in flow.peers)
             return _to_socket(Direction.INBOUND, flow.source, flow.to, peers, flow.why)
         case Internal():
             return _to_socket(Direction.INTERNAL, flow.source, flow.to, (), flow.why)
-        case Mesh():
-            return Flow(Direction.INTERNAL, flow.group, flow.group, "", (), (), _line(flow.why))
         case Outbound():
             peers = tuple(_peer(peer, namespace) for peer in flow.peers)
             source, destination = flow.source.value, flow.to.value
@@ -225,8 +270,7 @@ def _flow(flow: AnyFlow, namespace: str) -> Flow:
 
 
 def _to_socket(direction: Direction, source: Role | Outside, to: Socket, peers: tuple[Peer, ...], why: str) -> Flow:
-    ports = (PortRule(to.port, to.protocol),)
-    return Flow(direction, source.value, to.role.value, to.name, peers, ports, _line(why))
+    return Flow(direction, source.value, to.role.value, to.name, peers, (to.rule,), _line(why))
 
 
 def _peer(peer: AnyPeer, namespace: str) -> Peer:
@@ -266,14 +310,21 @@ def _selector(selector: Selector) -> str:
 
 
 def _summary(
-    owner: Owner, spec: api.Spec, flows: tuple[Flow, ...], passing: tuple[Route, ...], risks: tuple[str, ...]
+    owner: Owner,
+    spec: api.Spec,
+    *,
+    groups: Iterable[Groups],
+    flows: tuple[Flow, ...],
+    passing: tuple[Route, ...],
+    risks: tuple[str, ...],
 ) -> tuple[Fact, ...]:
     authentication, tls = spec.gateway.authentication, spec.gateway.tls
     clients = [peer for flow in flows if flow.source == Outside.CLIENTS for peer in flow.peers]
-    reached = [flow for flow in flows if flow.source == Role.ENGINE]
-    declared = [
-        f"{told(flow.peers, counted=True)} at {port_list(flow.ports)}" for flow in reached if _is_declared(flow)
-    ]
+    # Every role that runs vLLM may reach the same.
+    reached = dict.fromkeys(
+        f"{told(flow.peers, counted=True)} at {port_list(flow.ports)}" for flow in flows if _is_declared(flow)
+    )
+    readers = dict.fromkeys(peer for flow in flows if flow.source == Outside.READERS for peer in flow.peers)
     if authentication.none is not None:
         key = "no key is asked for"
     elif authentication.api_keys is not None:
@@ -287,8 +338,9 @@ def _summary(
     beside = [
         f"{flow.source} to {flow.destination} at {port_list(flow.ports)}"
         for flow in flows
-        if flow.direction is Direction.OUTBOUND and flow.source != Role.ENGINE and flow.destination != Outside.DNS
+        if flow.direction is Direction.OUTBOUND and flow.source not in set(VLLM) and flow.destination != Outside.DNS
     ]
+    together = [f"{count(len(item.names), 'group')} of {count(len(item.members), 'pod')}" for item in groups]
     return (
         Fact(
             "Who may connect",
@@ -297,7 +349,13 @@ def _summary(
         ),
         Fact("What they need", _line(f"{key}; {wire}"), authentication.none is not None or tls.disabled is not None),
         Fact("What they may ask", f"{count(len(passing), 'exact route')}; the gateway refuses everything else"),
-        Fact("What an engine may reach", "; ".join(["DNS", *declared]) + "; nothing else", bool(declared)),
+        *(
+            [Fact("Who trusts whom", f"{' and '.join(together)}; within a group every TCP port is open")]
+            if any(len(item.members) > 1 for item in groups)
+            else []
+        ),
+        *([Fact("Who reads KV events", told(readers, counted=True), open=True)] if readers else []),
+        Fact("What an engine may reach", "; ".join(["DNS", *reached]) + "; nothing else", bool(reached)),
         Fact("What other pods may reach", "; ".join(["DNS", *beside]) + "; nothing else"),
         Fact(
             "What the spec gives up",
@@ -327,8 +385,8 @@ def told(peers: Iterable[Peer], *, counted: bool = False) -> str:
 
 
 def port_list(ports: Iterable[PortRule]) -> str:
-    """Protocol and number of each port."""
-    return ", ".join(f"{rule.protocol} {rule.port}" for rule in ports)
+    """Protocol and number of each port or range."""
+    return ", ".join(map(str, ports))
 
 
 def target(flow: Flow) -> str:

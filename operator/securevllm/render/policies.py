@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from securevllm.context import FIELD_MANAGER, CidrPeer, Peer, Selector
 from securevllm.render.meta import DENY_NAME, MANAGED_BY, RESOURCE_LABEL, Object, Owner
-from securevllm.topology import Inbound, Internal, Mesh, Outbound, PortRule, Role, Socket, Topology
+from securevllm.topology import LAST_PORT, Inbound, Internal, Mesh, Outbound, PortRule, Role, Socket, Topology
 
 if TYPE_CHECKING:
     from securevllm.topology import Flow
@@ -44,15 +44,15 @@ def _policy(owner: Owner, role: Role, flows: Iterable[Flow]) -> Object:
     for flow in flows:
         match flow:
             case Inbound(to=Socket(role=target)) if target == role:
-                ingress.append({"from": _peers(flow.peers), "ports": [_port(flow.to)]})
+                ingress.append({"from": _peers(flow.peers), "ports": [_port(flow.to.rule)]})
             case Internal(to=Socket(role=target)) if target == role:
-                ingress.append({"from": [_own(owner, flow.source)], "ports": [_port(flow.to)]})
+                ingress.append({"from": [_own(owner, flow.source)], "ports": [_port(flow.to.rule)]})
             case Outbound(source=source) if source == role:
-                egress.append({"to": _peers(flow.peers), "ports": [_rule(rule) for rule in flow.ports]})
+                egress.append({"to": _peers(flow.peers), "ports": [_port(rule) for rule in flow.ports]})
             case _:
                 pass
         if isinstance(flow, Internal) and flow.source == role:
-            egress.append({"to": [_own(owner, flow.to.role)], "ports": [_port(flow.to)]})
+            egress.append({"to": [_own(owner, flow.to.role)], "ports": [_port(flow.to.rule)]})
     return _allow(owner, role.value, owner.selector(role.value), ingress, egress)
 
 
@@ -83,15 +83,10 @@ def _own(owner: Owner, role: Role) -> dict[str, Any]:
     return {"podSelector": {"matchLabels": owner.selector(role.value)}}
 
 
-def _port(socket: Socket) -> dict[str, Any]:
-    if socket.everything:
-        return {"protocol": socket.protocol}
-    last = {} if socket.last is None else {"endPort": socket.last}
-    return {"port": socket.port, **last, "protocol": socket.protocol}
-
-
-def _rule(rule: PortRule) -> dict[str, Any]:
-    return {"port": rule.port, "protocol": rule.protocol}
+def _port(rule: PortRule) -> dict[str, Any]:
+    if (rule.port, rule.last) == (1, LAST_PORT):
+        return {"protocol": rule.protocol}
+    return {"port": rule.port, **({} if rule.last is None else {"endPort": rule.last}), "protocol": rule.protocol}
 
 
 def _peers(peers: tuple[Peer, ...]) -> list[dict[str, Any]]:

@@ -53,6 +53,22 @@ class Outside(StrEnum):
 
 
 @dataclass(frozen=True)
+class PortRule:
+    """One destination port, or a range of them; 0: drawn by the kernel."""
+
+    port: int
+    protocol: str = "TCP"
+    last: int | None = None
+
+    def __str__(self) -> str:
+        if (self.port, self.last) == (1, LAST_PORT):
+            return f"{self.protocol}, every port"
+        if self.port == 0:
+            return f"{self.protocol}, a random port"
+        return f"{self.protocol} {self.port}" if self.last is None else f"{self.protocol} {self.port}-{self.last}"
+
+
+@dataclass(frozen=True)
 class Socket:
     """A listening socket of a role.
 
@@ -75,31 +91,14 @@ class Socket:
     last: int | None = None
 
     @property
-    def span(self) -> str:
-        """The port or the range, for a person."""
-        if self.everything:
-            return "every port"
-        if self.port == 0:
-            return "a random port"
-        return str(self.port) if self.last is None else f"{self.port}-{self.last}"
-
-    @property
-    def everything(self) -> bool:
-        """Whether this stands for every port of the protocol."""
-        return (self.port, self.last) == (1, LAST_PORT)
+    def rule(self) -> PortRule:
+        """The port as a destination."""
+        return PortRule(self.port, self.protocol, self.last)
 
 
 def every_port(role: Role, purpose: str) -> Socket:
     """All TCP ports of a role: Gloo, NCCL, ZMQ and UCX draw random ones, which no list can name."""
     return Socket(role, "any", 1, "TCP", purpose, "", LAST_PORT)
-
-
-@dataclass(frozen=True)
-class PortRule:
-    """One destination port outside."""
-
-    port: int
-    protocol: str = "TCP"
 
 
 @dataclass(frozen=True)

@@ -52,7 +52,7 @@ class _Side:
         letter: first letter of the groups' names.
         replicas: how many.
         shape: of each.
-        data: how each is split into data-parallel ranks, if it is.
+        data: whether each is split into data-parallel ranks: then every pod schedules, otherwise the head.
         whens: which rows of the socket catalogue apply.
         groups: whether the pods have names of their own; otherwise they are a Deployment.
     """
@@ -204,7 +204,8 @@ def _vllm_sockets(spec: api.Spec, side: _Side) -> Iterator[Socket]:
             ranks = side.shape.ranks * side.shape.pods if side.data else 1
             last = port + ranks - 1 if ranks > 1 else None
         purpose = _PURPOSES.get(row.name, f"{row.name} ({row.speaks})")
-        for role in roles if row.on == "every" else roles[:1]:
+        everywhere = row.on == "every" or (row.on == "scheduler" and side.data)
+        for role in roles if everywhere else roles[:1]:
             if row.name == "api" and role.headless:
                 continue
             yield Socket(role, row.name, port, row.protocol, purpose, row.knob, last)
