@@ -191,7 +191,7 @@ def _operator(cluster: Cluster, kubectl: Kubectl, folder: Path, tell: Teller) ->
     command = [
         *(sys.executable, "-m", "securevllm", "run", "--kubeconfig", str(kubeconfig)),
         *("--operator-namespace", OPERATOR, "--http-host", "127.0.0.1", "--http-port", "0"),
-        *("--log-format", "console"),
+        *("--log-format", "console", "--no-canary-listener"),
     ]
     with log.open("wb") as out:
         process = subprocess.Popen(

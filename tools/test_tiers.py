@@ -67,6 +67,7 @@ TIERS = (
     Tier("property", "reachability and invariants, generated specs"),
     Tier("chart", "chart and kustomize, by the real helm"),
     Tier("catalogue", "vLLM's own releases, read against the tables"),
+    Tier("proof", "the gate and the prober: real sockets and network namespaces"),
     Tier("gateway", "a real Envoy", workers=0),
     Tier("api", "a real kube-apiserver", workers=0, seconds=1800, cluster=True),
 )

@@ -6,9 +6,10 @@ of processes, the preStop sleep and graceful deletion. Services are resolved by 
 
 What is not: there are no images and no namespaces. A container runs as what its `Runner` says: a process of this
 machine with translated paths and addresses, or nothing at all, and then it counts as running and ready. Addresses are
-loopback addresses (127.64.0.0/10), so NetworkPolicies have no effect, and EndpointSlices stay empty (the API server
-refuses loopback addresses in them). Liveness probes, resources, users, security contexts, hostPath, CSI and sidecar
-init containers are not implemented.
+loopback addresses (127.64.0.0/10), so NetworkPolicies have no effect: the gate of an engine, which waits for their
+enforcement, is an init container that no runner wants, and is reported as completed. EndpointSlices stay empty (the
+API server refuses loopback addresses in them). Liveness probes, resources, users, security contexts, hostPath, CSI and
+sidecar init containers are not implemented.
 
 `hollow_node` runs it in a thread of its own; Linux only.
 """

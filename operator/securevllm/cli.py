@@ -60,6 +60,24 @@ def _context_options(command: Any) -> Any:
             "--dns-port", default=53, show_default=True, help="Port on which they listen, after DNAT (OpenShift: 5353)."
         ),
         click.option("--gateway-image", envvar="SECUREVLLM_GATEWAY_IMAGE", help="Envoy image of the gateways."),
+        click.option(
+            "--operator-image",
+            envvar="SECUREVLLM_OPERATOR_IMAGE",
+            help="The operator's own image; gates and canary pods run it.",
+        ),
+        click.option(
+            "--canary-service",
+            default="secure-vllm-operator-canary",
+            show_default=True,
+            help="Headless Service of the operator's canary listener, in its namespace.",
+        ),
+        click.option(
+            "--canary-port",
+            default=9094,
+            show_default=True,
+            type=click.IntRange(1, 65535),
+            help="Port of the operator's canary listener: engines must not reach it.",
+        ),
     )
     for option in reversed(options):
         command = option(command)
@@ -76,6 +94,9 @@ def _context(
     dns_cidr: tuple[str, ...],
     dns_port: int,
     gateway_image: str | None,
+    operator_image: str | None,
+    canary_service: str,
+    canary_port: int,
 ) -> Any:
     from securevllm.context import CidrPeer, Context, PodPeer, Selector, namespace  # noqa: PLC0415 - see above
 
@@ -98,6 +119,9 @@ def _context(
         dns_port=dns_port,
         cluster_ranges=cluster_range,
         gateway_image=gateway_image or default.gateway_image,
+        operator_image=operator_image or default.operator_image,
+        canary_service=(operator_namespace, canary_service),
+        canary_port=canary_port,
     )
 
 
@@ -120,6 +144,24 @@ def main() -> None:
 def version() -> None:
     """Print the versions of the operator and of the vLLM that its catalogue describes."""
     click.echo(f"secure-vllm-operator {__version__} (vLLM {catalogue.floor()} to {catalogue.newest()})")
+
+
+@main.command(add_help_option=True)
+@click.argument("configuration", required=False)
+def gate(configuration: str | None) -> None:
+    """Wait, in an engine's pod, until its isolation is seen; the last init container runs it.
+
+    \b
+    CONFIGURATION is JSON, otherwise read from $SECUREVLLM_GATE:
+        dns        a name that always resolves: the positive control
+        forbidden  what is known to listen and must not be reachable: name, host, port
+        barrier    the pods of a group: port, rank, members, world
+    It never gives up: what it waits for is in its log (kubectl logs POD -c gate).
+    Exit codes: 0 the engine may start, 1 the barrier's port is taken, 2 wrong configuration.
+    """  # noqa: D301 - click wants the character
+    from securevllm.proof import gate as program  # noqa: PLC0415 - see the module's docstring
+
+    sys.exit(program.main([configuration] if configuration else []))
 
 
 @main.command()
@@ -338,6 +380,12 @@ _Dumper.add_representer(str, _text)
 )
 @click.option("--http-host", default="0.0.0.0", show_default=True, help="Address of health and metrics.")  # noqa: S104
 @click.option("--http-port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Their port.")
+@click.option(
+    "--canary-listener/--no-canary-listener",
+    default=True,
+    show_default=True,
+    help="Listen on --canary-port; gates look for it. Off: when another process of this machine does.",
+)
 @click.option("--workers", default=8, show_default=True, type=click.IntRange(1, 64), help="Resources at once.")
 @_context_options
 @click.option("--resync", default=600.0, show_default=True, help="Seconds between two full lists.")
@@ -349,6 +397,7 @@ def run(  # noqa: PLR0917 - click gives one argument per option
     kubeconfig: Path | None,
     http_host: str,
     http_port: int,
+    canary_listener: bool,
     workers: int,
     resync: float,
     log_format: Any,
@@ -367,6 +416,7 @@ def run(  # noqa: PLR0917 - click gives one argument per option
         workers=workers,
         http_host=http_host,
         http_port=http_port,
+        canary_listener=canary_listener,
         log_format=log_format,
         log_level=log_level,
         resync_seconds=resync,

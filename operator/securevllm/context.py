@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from securevllm import __version__
+
 FIELD_MANAGER = "securevllm-operator"
 """Field manager of every server-side apply, and value of ``app.kubernetes.io/managed-by``."""
 
@@ -54,6 +56,9 @@ class Context:
         dns_port: port on which those servers listen (5353 on OpenShift).
         cluster_ranges: pod, service and node ranges; carved out of every declared egress.
         gateway_image: Envoy, the version that the templates were tested with.
+        operator_image: the operator's own: gate and canary pods run it.
+        canary_service: namespace and name of the headless Service of the operator's canary listener.
+        canary_port: of that listener. It accepts and closes; it is there for pods to be seen not to reach it.
     """
 
     operator: PodPeer = PodPeer(
@@ -67,3 +72,12 @@ class Context:
     dns_port: int = 53
     cluster_ranges: tuple[str, ...] = ()
     gateway_image: str = "envoyproxy/envoy:distroless-v1.40.0"
+    operator_image: str = f"secure-vllm-operator:{__version__}"
+    canary_service: tuple[str, str] = ("secure-vllm-operator", "secure-vllm-operator-canary")
+    canary_port: int = 9094
+
+    @property
+    def canary_host(self) -> str:
+        """Name of the canary listener; its trailing dot spares the search list."""
+        namespace_, name = self.canary_service
+        return f"{name}.{namespace_}.svc.{self.cluster_domain}."

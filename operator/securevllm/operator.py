@@ -30,6 +30,7 @@ from securevllm.gateways import HttpGateways
 from securevllm.http import HttpServer
 from securevllm.leader import Elector, LeaseSettings, boot_clock
 from securevllm.metrics import Metrics
+from securevllm.proof.dial import Listener, accepting
 from securevllm.reconcile import Key, Reconciler
 from securevllm.render.meta import DENY_NAME, INSTANCE, MANAGED_BY, SECRET_LABEL
 from securevllm.store import Store, Watched
@@ -212,6 +213,8 @@ class _Process:
                 raise OperatorError(
                     f"cannot listen on {where} ({error.strerror}): choose another --http-port"
                 ) from error
+            if settings.canary_listener:
+                await stack.enter_async_context(_canary(settings))
             yield process
 
     def server(self) -> HttpServer:
@@ -275,6 +278,18 @@ class _Process:
             task.cancel()
         await asyncio.gather(*self._interrupted, return_exceptions=True)
         await self.elector.release()
+
+
+def _canary(settings: Settings) -> Listener:
+    """Listening on every candidate: gates of all pods look for whichever is Ready."""
+    port = settings.context.canary_port
+    try:
+        return Listener((accepting(settings.http_host, port),))
+    except OSError as error:
+        where = f"{settings.http_host}:{port}"
+        raise OperatorError(
+            f"cannot listen on {where} ({error.strerror}): choose another --canary-port, or --no-canary-listener"
+        ) from error
 
 
 def _told(metrics: Metrics) -> Callable[[str, str, Mapping[str, str] | None], None]:

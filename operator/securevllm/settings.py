@@ -22,6 +22,7 @@ class Settings:
         workers: resources that are reconciled side by side.
         http_host: address of health and metrics.
         http_port: port of health and metrics.
+        canary_listener: whether to listen on ``context.canary_port``.
         log_format: ``json`` or ``console``.
         log_level: for example ``INFO``.
         resync_seconds: how often everything is listed again: a deletion in a watch gap is never told.
@@ -36,6 +37,7 @@ class Settings:
     workers: int = 8
     http_host: str = "0.0.0.0"  # noqa: S104 - probes come from the node; the operator's own NetworkPolicy limits it
     http_port: int = 8080
+    canary_listener: bool = True
     log_format: Literal["json", "console"] = "json"
     log_level: str = "INFO"
     resync_seconds: float = 600.0

@@ -132,6 +132,7 @@ class OperatorProcess:
         command = [
             *(sys.executable, "-m", "securevllm", "run", "--kubeconfig", str(self._kubeconfig)),
             *("--http-host", "127.0.0.1", "--http-port", str(self._port), "--identity", self.identity),
+            "--no-canary-listener",  # one port on one machine: several operators run side by side
             *("--operator-namespace", self.namespace, *self._arguments),
         ]
         # Nothing of this process's environment: settings come from arguments only.

@@ -99,12 +99,23 @@ def test_the_pod_is_what_the_operator_expects(installed: tuple[str, Cluster]) ->
     assert set(operator.pods.labels) <= set(template["metadata"]["labels"].items())
     container = template["spec"]["containers"][0]
     settings = Settings(namespace="", identity="")
-    assert [port["containerPort"] for port in container["ports"]] == [settings.http_port]
-    assert container["args"] == (["run"] if variant == "install" else ["run", "--namespace=llm"])
-    assert {item["name"]: item["valueFrom"]["fieldRef"]["fieldPath"] for item in container["env"]} == {
-        "POD_NAME": "metadata.name",
-        "POD_NAMESPACE": "metadata.namespace",
+    assert {port["name"]: port["containerPort"] for port in container["ports"]} == {
+        "http": settings.http_port,
+        "canary": Context().canary_port,
     }
+    assert container["args"] == (["run"] if variant == "install" else ["run", "--namespace=llm"])
+    fields = {
+        item["name"]: item["valueFrom"]["fieldRef"]["fieldPath"] for item in container["env"] if "valueFrom" in item
+    }
+    assert fields == {"POD_NAME": "metadata.name", "POD_NAMESPACE": "metadata.namespace"}
+    # Gates run the image that the operator runs.
+    assert {"name": "SECUREVLLM_OPERATOR_IMAGE", "value": container["image"]} in container["env"]
+    assert container["image"] == Context().operator_image
+    namespace, name = Context().canary_service
+    service = json.loads(kubectl(cluster, "-n", namespace, "get", f"service/{name}", "-o", "json").stdout)
+    assert service["spec"]["clusterIP"] == "None"
+    assert service["spec"]["selector"].items() <= template["metadata"]["labels"].items()
+    assert [port["port"] for port in service["spec"]["ports"]] == [Context().canary_port]
 
 
 def test_the_lease_is_the_one_that_is_held() -> None:

@@ -310,7 +310,6 @@ REFUSED: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
         ("replicas",),
     ),
     ("metrics", {"security": {"metrics": {"from": {}}}}, "spec.security.metrics", "NotSupportedYet", ("leave it out",)),
-    ("gate", {"security": {"gate": {"disabled": WHY}}}, "spec.security.gate.disabled", "NotSupportedYet", ("no gate",)),
     (
         "enforce",
         {"security": {"verification": {"mode": "Enforce"}}},

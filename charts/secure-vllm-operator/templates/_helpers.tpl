@@ -78,6 +78,8 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- if ne .podLabel "k8s-app=kube-dns" }}{{- $arguments = append $arguments (printf "--dns-pods=%s" .podLabel) -}}{{- end -}}
 {{- end -}}
 {{- if ne (int .Values.dns.port) 53 }}{{- $arguments = append $arguments (printf "--dns-port=%d" (int .Values.dns.port)) -}}{{- end -}}
+{{- $canary := printf "%s-canary" (include "svllm.name" .) -}}
+{{- if ne $canary "secure-vllm-operator-canary" }}{{- $arguments = append $arguments (printf "--canary-service=%s" $canary) -}}{{- end -}}
 {{- with .Values.gateway.image }}{{- $arguments = append $arguments (printf "--gateway-image=%s" .) -}}{{- end -}}
 {{- if ne .Values.log.format "json" }}{{- $arguments = append $arguments (printf "--log-format=%s" .Values.log.format) -}}{{- end -}}
 {{- if ne .Values.log.level "INFO" }}{{- $arguments = append $arguments (printf "--log-level=%s" .Values.log.level) -}}{{- end -}}

@@ -182,7 +182,6 @@ def _not_supported(spec: api.Spec) -> Iterator[Problem]:
         ("spec.gateway.authentication.mtls", gateway.authentication.mtls is not None, "use apiKeys"),
         ("spec.gateway.autoscaling", gateway.autoscaling is not None, "set gateway.replicas"),
         ("spec.security.metrics", security.metrics is not None, "leave it out"),
-        ("spec.security.gate.disabled", security.gate.disabled is not None, "leave it out: there is no gate yet"),
         (
             "spec.security.verification.mode",
             security.verification.mode == "Enforce",
@@ -487,6 +486,8 @@ def _risks(spec: api.Spec) -> Iterator[str]:
         yield f"gateway.authentication.none: {spec.gateway.authentication.none}"
     if spec.gateway.tls.disabled is not None:
         yield f"gateway.tls.disabled: {spec.gateway.tls.disabled}"
+    if spec.security.gate.disabled is not None:
+        yield f"security.gate.disabled: {spec.security.gate.disabled}"
     for acceptance in spec.security.accept:
         yield f"{acceptance.risk}: {acceptance.why}"
     for entry in spec.security.egress:

@@ -302,6 +302,7 @@ class Ports(Model):
     kv_events: Port | None = Field(
         None, description="KV event publisher, default 5557; data-parallel rank n has port + n."
     )
+    barrier: Port | None = Field(None, description="Where the gates of a group's pods meet, default 29499.")
 
     def number(self, name: str) -> int | None:
         """The port that the spec gives, by its name in YAML; None: the default.
@@ -638,7 +639,9 @@ class KvEvents(Model):
 class Gate(Model):
     """The gate that holds an engine back until isolation was observed."""
 
-    disabled: Why | None = Field(None, description="No gate: say why. Not supported yet.")
+    disabled: Why | None = Field(
+        None, description="Engines start without having seen their isolation: say why. Shown in status."
+    )
 
 
 class Acceptance(Model):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from securevllm.errors import InternalError
 from securevllm.render import accepted as kept
-from securevllm.render import engine, envoy, fetch, gateway, pods, policies
+from securevllm.render import engine, envoy, fetch, gate, gateway, pods, policies
 from securevllm.render.meta import Object, Owner, stamp
 from securevllm.render.readback import versions_of
 from securevllm.topology import Role, Topology, plan
@@ -136,8 +136,8 @@ def render(owner: Owner, accepted: Accepted, context: Context, observed: Observe
     running = observed.pins.get(engine.ROLE)
     settled = {
         engine.ROLE: kept.settle(
-            engine.template(owner, spec, topology, started_with),
-            engine.inputs(accepted.raw, started_with),
+            engine.template(owner, spec, topology, context, started_with),
+            engine.inputs(accepted.raw, started_with, gate.inputs(accepted.raw, topology, Role.ENGINE, context)),
             running,
             spec.update_policy,
         ),

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from securevllm import catalogue
 from securevllm.api.units import seconds
-from securevllm.render import envoy, fetch, pods
+from securevllm.render import envoy, fetch, gate, pods
 from securevllm.render.meta import ENGINE_KEY_ANNOTATION, RESTART_ANNOTATION, Object, Owner
 from securevllm.topology import Role, Topology
 
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from securevllm.api import types as api
+    from securevllm.context import Context
 
 ROLE = Role.ENGINE.value
 
@@ -85,7 +86,7 @@ def deployment(owner: Owner, spec: api.Spec, template: Object) -> Object:
     )
 
 
-def template(owner: Owner, spec: api.Spec, topology: Topology, started_with: StartedWith) -> Object:
+def template(owner: Owner, spec: api.Spec, topology: Topology, context: Context, started_with: StartedWith) -> Object:
     """The engine's pod template."""
     engine = spec.engine
     port = topology.socket(Role.ENGINE, "api").port
@@ -119,8 +120,10 @@ def template(owner: Owner, spec: api.Spec, topology: Topology, started_with: Sta
             *([{"name": "model", "mountPath": fetch.MOUNT, "readOnly": True}] if volume else []),
         ],
     }
+    held_back = gate.init_containers(spec, topology, Role.ENGINE, context, image=spec.image)
     pod: dict[str, Any] = {
         "terminationGracePeriodSeconds": grace,
+        **({"initContainers": held_back} if held_back else {}),
         "containers": [container],
         "volumes": [
             pods.empty_dir("home"),
@@ -203,12 +206,13 @@ def quantities(block: api.Resources) -> dict[str, Any]:
     return {part: {name: str(value) for name, value in amounts.items()} for part, amounts in parts.items() if amounts}
 
 
-def inputs(raw: Mapping[str, Any], started_with: StartedWith) -> Any:
+def inputs(raw: Mapping[str, Any], started_with: StartedWith, gates: Mapping[str, Any]) -> Any:
     """What the template depends on: a change here rolls the pods, an operator upgrade does not.
 
     Args:
         raw: ``spec`` as the user wrote it: a default that a later release changes is not a change of the spec.
         started_with: what a running engine cannot take in.
+        gates: what the gate depends on.
     """
     chosen = ("model", "image", "imagePullSecrets", "parallelism", "ports", "engine")
     return {
@@ -216,4 +220,5 @@ def inputs(raw: Mapping[str, Any], started_with: StartedWith) -> Any:
         "media": raw.get("security", {}).get("media", {}),
         "restartAt": started_with.restart_at,
         "engineKey": started_with.key,
+        **gates,
     }

@@ -188,6 +188,7 @@ _PURPOSES = {
     "api": "vLLM's HTTP API",
     "kv-events": "KV events: which token blocks are cached",
     "mooncake-bootstrap": "Mooncake's bootstrap server",
+    "barrier": "the gates of a group meet before its engines start; closed afterwards",
 }
 
 
