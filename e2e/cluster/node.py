@@ -318,7 +318,7 @@ def power_off(folder: Path) -> None:
 def remove_cgroups(name: str) -> None:
     """Remove the cgroup of this name from every hierarchy, once the processes in it have ended."""
     deadline = time.monotonic() + _START_SECONDS
-    for root in _hierarchies():
+    for root in hierarchies():
         while (root / name).exists():
             for path, _, _ in os.walk(root / name, topdown=False):
                 try:
@@ -332,14 +332,15 @@ def remove_cgroups(name: str) -> None:
 
 
 def _make_cgroups(name: str) -> None:
-    for root in _hierarchies():
+    for root in hierarchies():
         (root / name).mkdir(exist_ok=True)
         for file in ("cpuset.cpus", "cpuset.mems"):  # cgroup v1: empty in a new one, and then no process fits in
             if (root / name / file).exists() and (root / file).exists():
                 (root / name / file).write_text((root / file).read_text(encoding="ascii"), encoding="ascii")
 
 
-def _hierarchies() -> list[Path]:
+def hierarchies() -> list[Path]:
+    """Return the roots of this machine's cgroup hierarchies: one with cgroup v2, one for each controller with v1."""
     root = Path("/sys/fs/cgroup")
     if (root / "cgroup.controllers").exists():
         return [root]
