@@ -13,6 +13,7 @@ import re
 import socket
 import sys
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -82,6 +83,29 @@ def _context_options(command: Any) -> Any:
     for option in reversed(options):
         command = option(command)
     return command
+
+
+_BOUNDS = click.option(
+    "--bounds",
+    "bounds_file",
+    envvar="SECUREVLLM_BOUNDS",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="What the platform lets any resource ask for (YAML; docs/guard.md). Default: safe for any platform.",
+)
+
+
+def _bounds(path: Path | None) -> Any:
+    from securevllm.api.bounds import PlatformBounds  # noqa: PLC0415 - see the module's docstring
+    from securevllm.settings import read_bounds  # noqa: PLC0415 - see the module's docstring
+
+    if path is None:
+        return PlatformBounds()
+    try:
+        return read_bounds(path)
+    except SpecError as error:
+        _wrong(f"{path}: {error}")
+    except OperatorError as error:
+        _wrong(str(error))
 
 
 def _context(
@@ -208,24 +232,55 @@ def routes(text: str | None, profile: str | None, output: str) -> None:
         for row in rows:
             click.echo(json.dumps(row))
         return
-    head = ["METHOD", "PATH", "CLASS", "VLLM KEY", "GATEWAY", "WHEN"]
     told = [[str(value) for value in (row | {"vllmKey": "yes" if row["vllmKey"] else "no"}).values()] for row in rows]
+    _table(["METHOD", "PATH", "CLASS", "VLLM KEY", "GATEWAY", "WHEN"], told, output)
+
+
+def _table(head: list[str], rows: list[list[str]], output: str) -> None:
     if output == "md":
-        for line in (head, ["---"] * len(head), *told):
+        for line in (head, ["---"] * len(head), *rows):
             click.echo(f"| {' | '.join(line)} |")
         return
-    widths = [max(map(len, column)) for column in zip(head, *told, strict=True)]
-    for line in (head, *told):
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for line in (head, *rows):
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+@main.command()
+@click.option("--version", "text", default=None, help="Only what this vLLM version has.  [default: all versions]")
+@click.option("--where", type=click.Choice(["args", "env"]), help="Only one of the two.")
+@click.option(
+    "-o", "--output", type=click.Choice(["table", "json", "md"]), default="table", show_default=True, help="Format."
+)
+def guard(text: str | None, where: str | None, output: str) -> None:
+    """Print what spec.engine.args and spec.engine.env may set, with which values, and which risk that needs.
+
+    \b
+        securevllm guard --version 0.33.0
+        securevllm guard -o json | jq 'select(.needs != "")'
+    """  # noqa: D301 - click wants the character
+    from securevllm.api.guard import listing  # noqa: PLC0415 - see the module's docstring
+
+    try:
+        version = catalogue.Version.parse(text) if text else None
+    except ValueError as error:
+        _wrong(str(error))
+    rows = [asdict(row) for row in listing.rows(version) if where in {None, row.where}]
+    if output == "json":
+        for row in rows:
+            click.echo(json.dumps(row))
+        return
+    _table(["WHERE", "NAME", "VALUE", "NEEDS", "VERSIONS"], [list(row.values()) for row in rows], output)
 
 
 @main.command()
 @click.option("-f", "--filename", type=click.File("r"), required=True, help="Manifest with resources; - is stdin.")
 @click.option("-n", "--namespace", default="default", show_default=True, help="For resources that name none.")
 @click.option("--uid", default=_NO_UID, show_default=True, help="UID of the resource: part of the pods' labels.")
+@_BOUNDS
 @_context_options
 @_OUTPUT
-def render(filename: TextIO, namespace: str, uid: str, output: str, **cluster: Any) -> None:
+def render(filename: TextIO, namespace: str, uid: str, output: str, bounds_file: Path | None, **cluster: Any) -> None:
     """Print every object that the operator would apply, without a cluster.
 
     \b
@@ -234,7 +289,7 @@ def render(filename: TextIO, namespace: str, uid: str, output: str, **cluster: A
         cat my.yaml | securevllm render -f - -o json | jq .kind
     """  # noqa: D301 - click wants the character
     context = _context(**cluster)
-    judged, failed = _judged(filename, namespace, uid)
+    judged, failed = _judged(filename, namespace, uid, _bounds(bounds_file))
     printed: list[dict[str, Any]] = []
     for owner, accepted, metadata in judged:
         printed += _rendered(owner, accepted, metadata, context)
@@ -246,6 +301,7 @@ def render(filename: TextIO, namespace: str, uid: str, output: str, **cluster: A
 @main.command()
 @click.option("-f", "--filename", type=click.File("r"), required=True, help="Manifest with resources; - is stdin.")
 @click.option("-n", "--namespace", default="default", show_default=True, help="For resources that name none.")
+@_BOUNDS
 @_context_options
 @click.option(
     "-o",
@@ -255,7 +311,7 @@ def render(filename: TextIO, namespace: str, uid: str, output: str, **cluster: A
     show_default=True,
     help="Format.",
 )
-def explain(filename: TextIO, namespace: str, output: str, **cluster: Any) -> None:
+def explain(filename: TextIO, namespace: str, output: str, bounds_file: Path | None, **cluster: Any) -> None:
     """Print who may talk to whom and why, which routes pass the gateway, and what no policy sees; without a cluster.
 
     \b
@@ -265,7 +321,7 @@ def explain(filename: TextIO, namespace: str, output: str, **cluster: Any) -> No
     from securevllm import explain as forms  # noqa: PLC0415 - see the module's docstring
 
     context = _context(**cluster)
-    judged, failed = _judged(filename, namespace, _NO_UID)
+    judged, failed = _judged(filename, namespace, _NO_UID, _bounds(bounds_file))
     views = [forms.view(owner, accepted, context) for owner, accepted, _ in judged]
     if output == "json":
         for view in views:
@@ -278,7 +334,9 @@ def explain(filename: TextIO, namespace: str, output: str, **cluster: Any) -> No
         sys.exit(_WRONG_INPUT)
 
 
-def _judged(stream: TextIO, namespace: str, uid: str) -> tuple[list[tuple[Any, Any, dict[str, Any]]], bool]:
+def _judged(
+    stream: TextIO, namespace: str, uid: str, bounds: Any
+) -> tuple[list[tuple[Any, Any, dict[str, Any]]], bool]:
     """Owner, accepted spec and metadata of each good resource; True: another one is wrong, and it was said why."""
     from securevllm.api.parse import parse  # noqa: PLC0415 - see the module's docstring
     from securevllm.render.meta import Owner  # noqa: PLC0415 - see the module's docstring
@@ -289,7 +347,7 @@ def _judged(stream: TextIO, namespace: str, uid: str) -> tuple[list[tuple[Any, A
         metadata = document.get("metadata") or {}
         owner = Owner(str(metadata.get("name", "")), str(metadata.get("namespace") or namespace), uid)
         try:
-            judged.append((owner, parse(owner.name, document.get("spec") or {}), metadata))
+            judged.append((owner, parse(owner.name, document.get("spec") or {}, bounds), metadata))
         except SpecError as error:
             failed = True
             for problem in error.problems:
@@ -387,6 +445,7 @@ _Dumper.add_representer(str, _text)
     help="Listen on --canary-port; gates look for it. Off: when another process of this machine does.",
 )
 @click.option("--workers", default=8, show_default=True, type=click.IntRange(1, 64), help="Resources at once.")
+@_BOUNDS
 @_context_options
 @click.option("--resync", default=600.0, show_default=True, help="Seconds between two full lists.")
 @click.option("--log-format", type=click.Choice(["json", "console"]), default="json", show_default=True)
@@ -402,6 +461,7 @@ def run(  # noqa: PLR0917 - click gives one argument per option
     resync: float,
     log_format: Any,
     log_level: str,
+    bounds_file: Path | None,
     **cluster: Any,
 ) -> None:
     """Run the operator until SIGTERM. Exit code 0: asked to stop; 1: it failed, or another one leads."""
@@ -421,6 +481,7 @@ def run(  # noqa: PLR0917 - click gives one argument per option
         log_level=log_level,
         resync_seconds=resync,
         context=_context(**cluster),
+        bounds=_bounds(bounds_file),
     )
     try:
         run_operator(settings)

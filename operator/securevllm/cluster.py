@@ -97,6 +97,9 @@ class Kubernetes(Protocol):
     async def exists(self, ref: Ref) -> bool:
         """Whether an object is there; its content does not leave the API server."""
 
+    async def labels(self, ref: Ref) -> Mapping[str, str] | None:
+        """Labels of an object, None when it is not there; its content does not leave the API server."""
+
     async def list(self, kind: Kind, namespace: str | None = None, label_selector: str | None = None) -> Listing:
         """Read all objects of a kind; of all namespaces when `namespace` is None."""
 
@@ -251,11 +254,16 @@ class KubernetesClient:
 
     async def exists(self, ref: Ref) -> bool:
         """See `Kubernetes.exists`."""
+        return await self.labels(ref) is not None
+
+    async def labels(self, ref: Ref) -> Mapping[str, str] | None:
+        """See `Kubernetes.labels`."""
         try:
-            await self._send(_Request("get", "GET", ref.kind, str(ref), ref.path(), accept=METADATA_ONLY))
+            found = await self._send(_Request("get", "GET", ref.kind, str(ref), ref.path(), accept=METADATA_ONLY))
         except NotFound:
-            return False
-        return True
+            return None
+        labels: Mapping[str, str] = found["metadata"].get("labels") or {}
+        return labels
 
     async def list(self, kind: Kind, namespace: str | None = None, label_selector: str | None = None) -> Listing:
         """See `Kubernetes.list`. Pages of 500; starts over once when a page token has expired."""

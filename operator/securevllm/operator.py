@@ -164,6 +164,7 @@ class _Process:
             self.store,
             HttpGateways(session),
             settings.context,
+            settings.bounds,
             now=lambda: datetime.now(UTC),
             monotonic=boot_clock,
             conditions=_told(metrics),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
-from securevllm.api import kinds
+from securevllm.api import bounds, kinds
 from securevllm.api.kinds import KubeObject, Ref
 from securevllm.api.parse import Accepted, parse, parse_accepted
 from securevllm.children import Children, Outcome, failed
@@ -89,6 +89,7 @@ class Reconciler:
         cache: what the watches told.
         gateways: reads back what Envoys serve.
         context: the cluster and the operator.
+        limits: what the platform lets any resource ask for.
         now: wall clock, UTC.
         monotonic: clock for pauses, seconds.
         conditions: told the conditions of every resource, and None when it is gone (metrics).
@@ -100,13 +101,14 @@ class Reconciler:
         cache: Cache,
         gateways: Gateways,
         context: Context,
+        limits: bounds.PlatformBounds,
         *,
         now: Callable[[], datetime],
         monotonic: Callable[[], float],
         conditions: Callable[[str, str, Mapping[str, str] | None], None] = lambda *_: None,
     ) -> None:
         self._kubernetes, self._cache, self._context = kubernetes, cache, context
-        self._now, self._conditions = now, conditions
+        self._bounds, self._now, self._conditions = limits, now, conditions
         self._children = Children(kubernetes, cache, monotonic)
         self._deny = DefaultDeny(kubernetes, cache, self._children, monotonic)
         self._generator = Generator(self._children, context, now)
@@ -139,7 +141,9 @@ class Reconciler:
         owner = Owner(key.name, key.namespace, metadata["uid"])
         problems: tuple[Problem, ...] = ()
         try:
-            wanted: Accepted | None = parse(key.name, resource.get("spec", {}))
+            judged = parse(key.name, resource.get("spec", {}), self._bounds)
+            await self._judge_secrets(owner, judged)
+            wanted: Accepted | None = judged
         except SpecError as error:
             problems, wanted = error.problems, None
         held = await self._held(owner)
@@ -151,9 +155,11 @@ class Reconciler:
             fallback=bool(problems) and wanted is not None,
             lost=bool(problems) and wanted is None and bool(self._cache.indexed(owner.uid)),
         )
+        # Nobody watches a Secret without our label: the platform may label it at any moment.
+        pause = _LOOK_AGAIN if any(problem.reason == bounds.SECRET_REASON for problem in problems) else _RESYNC
         if wanted is None:
             await self._report(resource, facts)
-            return _RESYNC
+            return pause
         try:
             facts, again = await self._bring(resource, owner, wanted, held, facts)
         except (ValueError, InternalError):
@@ -163,7 +169,24 @@ class Reconciler:
             log.exception("the accepted spec cannot be rendered")
             facts, again = replace(facts, fallback=False, lost=True), _RESYNC
         await self._report(resource, facts)
-        return again
+        return min(again, pause)
+
+    async def _judge_secrets(self, owner: Owner, wanted: Accepted) -> None:
+        """Secrets that the platform did not label are not used, before any pod could mount one.
+
+        Raises:
+            SpecError: some are not there, or carry no label.
+        """
+        label = self._bounds.secret_label
+        if label is None:
+            return
+        found = []
+        for field, name in bounds.secrets(wanted.spec):
+            labels = await self._kubernetes.labels(Ref(kinds.SECRET, owner.namespace, name))
+            found.append(bounds.secret_problem(field, name, labels, label))
+        problems = [problem for problem in found if problem is not None]
+        if problems:
+            raise SpecError(*problems)
 
     # ------------------------------------------------------------------------------------------------------- gather
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+import yaml
+
+from securevllm.api import bounds as platform
 from securevllm.context import Context
+from securevllm.errors import OperatorError
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,7 @@ class Settings:
         log_level: for example ``INFO``.
         resync_seconds: how often everything is listed again: a deletion in a watch gap is never told.
         context: what rendering has to know of the cluster.
+        bounds: what the platform lets any resource ask for.
     """
 
     namespace: str
@@ -42,3 +47,36 @@ class Settings:
     log_level: str = "INFO"
     resync_seconds: float = 600.0
     context: Context = field(default_factory=Context)
+    bounds: platform.PlatformBounds = field(default_factory=platform.PlatformBounds)
+
+
+class _Strict(yaml.SafeLoader):
+    """A key that stands twice is an error: of two bounds, the reader and the parser might take different ones."""
+
+
+def _mapping(loader: _Strict, node: yaml.MappingNode) -> dict[Any, Any]:
+    loader.flatten_mapping(node)
+    keys = [loader.construct_object(key, deep=True) for key, _ in node.value]
+    for key in keys:
+        if keys.count(key) > 1:
+            raise yaml.constructor.ConstructorError(None, None, f"{key!r} stands twice", node.start_mark)
+    return loader.construct_mapping(node, deep=True)
+
+
+_Strict.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
+
+
+def read_bounds(path: Path) -> platform.PlatformBounds:
+    """Read the platform's bounds.
+
+    Args:
+        path: a YAML file, as docs/guard.md shows it.
+
+    Raises:
+        OperatorError: the file cannot be read; a `SpecError` says what in it is wrong.
+    """
+    try:
+        raw = yaml.load(path.read_text(encoding="utf-8"), Loader=_Strict)  # noqa: S506 - a SafeLoader
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise OperatorError(f"the bounds {path} cannot be read: {error}") from error
+    return platform.read(raw)

@@ -13,7 +13,21 @@ from securevllm_dev.catalogue.findings import API, MOUNT, Findings, Flag, Port, 
 from securevllm_dev.catalogue.review import differences, review, reviewed
 
 GUARDED = ("/cohere", "/inference", "/v1", "/v2")
+SETTABLE = [*catalogue.flags().allowed.values(), *(s for r in catalogue.risks().values() for s in r.flags.values())]
+FLAGS = tuple(
+    Flag(name, "vllm/x.py:2")
+    for setting in SETTABLE
+    if catalogue.newest() in setting.versions
+    for name in ([setting.name, f"--no-{setting.name[2:]}"] if setting.kind == "bool" else [setting.name])
+)
+VARIABLES = tuple(
+    Variable(setting.name, "vllm/envs.py:2")
+    for setting in catalogue.environment().allowed.values()
+    if catalogue.newest() in setting.versions
+)
 EVERYTHING = Findings(
+    flags=FLAGS,
+    environment=VARIABLES,
     version="0.33.0",
     guarded=GUARDED,
     routes=tuple(
@@ -91,7 +105,7 @@ def test_key_that_guards_more_than_the_catalogue_says() -> None:
     ],
 )
 def test_flag(name: str, is_said: bool) -> None:
-    complaints = review(replace(EVERYTHING, flags=(Flag(name, "vllm/x.py:3"),)), complete=True)
+    complaints = review(replace(EVERYTHING, flags=(*FLAGS, Flag(name, "vllm/x.py:3"))), complete=True)
     assert complaints == ([f"vllm/x.py:3: flag {name} is not classified"] if is_said else [])
 
 
@@ -99,8 +113,22 @@ def test_flag(name: str, is_said: bool) -> None:
     ("name", "is_said"), [("VLLM_ADMIN_PORT", True), ("VLLM_SERVER_DEV_MODE", False), ("VLLM_USE_SOMETHING", False)]
 )
 def test_variable(name: str, is_said: bool) -> None:
-    complaints = review(replace(EVERYTHING, environment=(Variable(name, "vllm/envs.py:3"),)), complete=True)
+    complaints = review(replace(EVERYTHING, environment=(*VARIABLES, Variable(name, "vllm/envs.py:3"))), complete=True)
     assert complaints == ([f"vllm/envs.py:3: variable {name} is not classified"] if is_said else [])
+
+
+def test_versions_of_what_a_user_may_set_are_those_of_the_release() -> None:
+    def without(name: str) -> list[str]:
+        return review(replace(EVERYTHING, flags=tuple(flag for flag in FLAGS if flag.name != name)), complete=True)
+
+    assert without("--max-model-len") == ["flags.toml: --max-model-len: not in this version"]
+    assert without("--trust-remote-code") == ["flags.toml: --trust-remote-code: not in this version"]
+    assert without("--no-enforce-eager") == ["flags.toml: --enforce-eager: kind bool, but its negation says otherwise"]
+    gone = Flag("--override-pooler-config", "vllm/x.py:3")  # until 0.12
+    assert review(replace(EVERYTHING, flags=(*FLAGS, gone)), complete=True) == [
+        "flags.toml: --override-pooler-config: outside of its versions, but there"
+    ]
+    assert review(replace(EVERYTHING, environment=()), complete=True)[0].startswith("environment.toml: VLLM_")
 
 
 def test_unreadable_place_is_reviewed_by_file_kind_and_code() -> None:
@@ -127,7 +155,7 @@ def test_judgements_have_reasons_and_are_narrow() -> None:
 def test_no_name_is_both_dangerous_and_settable() -> None:
     flags, environment = catalogue.flags(), catalogue.environment()
     assert reviewed().flags & flags.allowed.keys() == set()
-    assert reviewed().variables & environment.allowed == set()
+    assert reviewed().variables & environment.allowed.keys() == set()
 
 
 def test_differences_are_told_per_concern() -> None:

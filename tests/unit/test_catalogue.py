@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from importlib import resources
 from typing import Any, get_args
@@ -68,21 +69,58 @@ def test_default_ports_do_not_meet() -> None:
 def test_a_flag_is_owned_or_allowed_and_never_both() -> None:
     flags = catalogue.flags()
     assert flags.owned.keys() & flags.allowed.keys() == set()
-    assert all(
-        name.startswith("--") and name == name.lower() and "_" not in name for name in flags.owned | flags.allowed
-    )
-    assert set(flags.allowed.values()) <= {"none", "int", "float", "word"}
+    names = {*flags.owned, *flags.allowed, *catalogue.risky_flags(), *flags.short.values()}
+    assert all(name.startswith("--") and name == name.lower() and "_" not in name for name in names)
+    assert not any(name.startswith("--no-") for name in names), "a negation comes from kind bool"
+    assert {flag.kind for flag in flags.allowed.values()} <= {*KINDS, "none", "bool", "loras", "json"}
+    assert all((name in flags.json) == (flag.kind == "json") for name, flag in flags.allowed.items())
+    assert flags.json.keys() <= flags.allowed.keys()
+    in_json = {key.kind for keys in flags.json.values() for key in keys.values()}
+    assert in_json <= {"bool", "choice", "count", "float", "floats", "int", "ints", "ops", "path", "word", "words"}
 
 
-def test_allowed_flags_cannot_be_read_as_owned_ones() -> None:
-    """An argparse parser takes an unambiguous prefix: an allowed name must be no prefix of an owned one."""
+KINDS = {"choice", "count", "endpoint", "float", "int", "path", "size", "text", "word"}
+
+
+def test_a_risk_opens_nothing_that_the_operator_sets() -> None:
+    flags, (dangers, _) = catalogue.flags(), catalogue.dangers()
+    assert set(catalogue.risks()) == set(get_args(api.Risk))
+    for name, risk in catalogue.risky_flags().items():
+        assert name not in flags.owned
+        assert name not in flags.allowed
+        assert name in dangers or risk.flags[name].kind == "count"
+        assert risk.flags[name].kind in {"bool", "count"}
+    assert all(risk.why for risk in catalogue.risks().values())
+    assert not catalogue.risks()["networkDevices"].default
+
+
+def test_short_forms_lead_to_flags_that_are_known() -> None:
     flags = catalogue.flags()
-    assert [(a, o) for a in flags.allowed for o in flags.owned if o.startswith(a)] == []
+    assert set(flags.short.values()) <= {*flags.owned, *flags.allowed, *catalogue.dangers()[0]}
+    assert all(re.fullmatch("-[a-z]{1,3}", name) for name in flags.short)
+
+
+def test_no_name_is_both_dangerous_and_settable() -> None:
+    flags, environment, dangers = catalogue.flags(), catalogue.environment(), catalogue.dangers()
+    assert dangers[0].keys() & flags.allowed.keys() == set()
+    assert dangers[0].keys() & flags.owned.keys() == set()
+    assert dangers[1].keys() & environment.allowed.keys() == set()
+
+
+def test_keys_within_json_name_no_code_and_no_file_unless_it_is_in_a_volume() -> None:
+    harmful = re.compile(
+        "auto_map|module|class$|plugin|backend$|dir$|file|revision|trust|endpoint|host|addr|port|url|custom_op"
+    )
+    reviewed = {"backend", "custom_ops"}  # of attention and of structured outputs: words from an enumeration; op names
+    for flag, keys in catalogue.flags().json.items():
+        assert {key for key in keys if harmful.search(key)} <= reviewed, flag
+    assert "backend" not in catalogue.flags().json["--compilation-config"]
 
 
 def test_a_variable_is_set_or_allowed_and_never_both() -> None:
     environment = catalogue.environment()
-    assert environment.fixed.keys() & environment.allowed == set()
+    assert environment.fixed.keys() & environment.allowed.keys() == set()
+    assert {variable.kind for variable in environment.allowed.values()} <= KINDS - {"path", "endpoint"}
 
 
 def test_versions_are_ordered_and_the_floor_is_catalogued() -> None:

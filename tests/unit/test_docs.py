@@ -11,10 +11,13 @@ from urllib.parse import unquote
 
 import pytest
 import yaml
+from click.testing import CliRunner
 
 from securevllm import catalogue
+from securevllm.api import bounds
 from securevllm.api import types as api
 from securevllm.api.parse import parse
+from securevllm.cli import main
 
 ROOT = Path(__file__).parents[2]
 CODE = ROOT / "operator" / "securevllm"
@@ -29,7 +32,7 @@ _CALLS = {"Problem": (1, "reason"), "Verdict": (1, "reason"), "_no": (0, "reason
 
 _HOSTS = {"keepachangelog.com", "semver.org", "kubernetes.io", "docs.vllm.ai"}
 """Where documentation may point to; no package index and no host of somebody's network is among them."""
-_SERVICE = re.compile(r"quickstart-gateway(\.llm\.svc\.cluster\.local)?")
+_SERVICE = re.compile(r"quickstart-gateway(\.llm\.svc\.cluster\.local)?|squid\.proxy\.svc:3128")
 
 
 def _reasons(tree: ast.AST) -> Iterator[str]:
@@ -41,7 +44,7 @@ def _reasons(tree: ast.AST) -> Iterator[str]:
                 position, keyword = _CALLS[name]
                 values += node.args[position : position + 1]
                 values += [item.value for item in node.keywords if item.arg == keyword]
-            case ast.Assign(targets=[ast.Name(id="reason" | "WAITING")]):
+            case ast.Assign(targets=[ast.Name(id="reason" | "WAITING" | "REASON" | "SECRET_REASON")]):
                 values.append(node.value)
         for value in values:
             for part in (value.body, value.orelse) if isinstance(value, ast.IfExp) else (value,):
@@ -50,7 +53,7 @@ def _reasons(tree: ast.AST) -> Iterator[str]:
 
 
 def _reasons_of_code() -> set[str]:
-    files = [*(CODE / "api").glob("*.py"), *(CODE / "status").glob("*.py"), CODE / "children.py"]
+    files = [*(CODE / "api").rglob("*.py"), *(CODE / "status").glob("*.py"), CODE / "children.py"]
     return {reason for path in files for reason in _reasons(ast.parse(path.read_text(encoding="utf-8")))}
 
 
@@ -128,6 +131,30 @@ def test_gateway_page_tells_the_defaults_of_the_limits() -> None:
     text = (DOCS / "gateway.md").read_text(encoding="utf-8")
     told = dict(re.findall(r"^\| `(\w+)` \| (\S+) \| [^|]+ \|$", text, re.MULTILINE))
     assert told == {name: str(value) for name, value in api.Limits().model_dump(by_alias=True).items()}
+
+
+@pytest.mark.parametrize("where", ["args", "env"])
+def test_guard_page_lists_what_may_be_set(where: str) -> None:
+    text = (DOCS / "guard.md").read_text(encoding="utf-8")
+    command = f"securevllm guard --where {where} -o md"
+    made = CliRunner().invoke(main, command.split()[1:])
+    assert made.exit_code == 0
+    block = text.partition(f"<!-- made by: {command} -->\n")[2].partition("\n<!-- end -->")[0]
+    assert block == made.output.rstrip("\n"), f"paste the output of: {command}"
+
+
+def test_guard_page_tells_every_risk() -> None:
+    text = (DOCS / "guard.md").read_text(encoding="utf-8")
+    told = re.findall(r"^\| `(\w+)` \| (.*) \| (yes|no) \|$", text, re.MULTILINE)
+    risks = catalogue.risks().values()
+    assert told == [(risk.name, risk.why, "yes" if risk.default else "no") for risk in risks]
+
+
+def test_guard_page_shows_bounds_that_are_valid_and_complete() -> None:
+    text = (DOCS / "guard.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```yaml\n(images:.*?)^```", text, re.DOTALL | re.MULTILINE)
+    shown = bounds.read(yaml.safe_load(block))
+    assert shown.model_fields_set == set(bounds.PlatformBounds.model_fields)
 
 
 def test_readme_shows_the_quickstart() -> None:

@@ -276,10 +276,10 @@ REFUSED: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
     ),
     (
         "volumes",
-        engine(volumes=[{"name": "a", "mountPath": "/a", "configMap": {"name": "a"}}]),
-        "spec.engine.volumes",
-        "NotSupportedYet",
-        ("image",),
+        engine(volumes=[{"name": "a", "mountPath": "/mnt/a", "secret": {"secretName": "a-gateway-ca"}}]),
+        "spec.engine.volumes[0].secret.secretName",
+        "VolumeRefused",
+        ("operator's own", "a Secret of yours"),
     ),
     (
         "realtime",
@@ -417,10 +417,10 @@ REFUSED: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
     ),
     (
         "argument",
-        engine(args=["--trust-remote-code"]),
+        engine(args=["--enable-log-requests"]),
         "spec.engine.args[0]",
         "ArgumentRefused",
-        ("'--trust-remote-code'", "--max-model-len"),
+        ("'--enable-log-requests'", "promptsInLogs"),
     ),
     (
         "variable",
@@ -434,7 +434,25 @@ REFUSED: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
         engine(labels={"securevllm.io/role": "gateway"}),
         "spec.engine.labels",
         "LabelRefused",
-        ("securevllm.io/role", "prefix of your own"),
+        ("securevllm.io/role", "without a prefix"),
+    ),
+    (
+        "unpinned code",
+        {
+            **engine(args=["--trust-remote-code"]),
+            "model": {"name": "a/b", "source": {"huggingFace": {}}},
+            "security": {"accept": [{"risk": "trustRemoteCode", "why": "its code was reviewed"}]},
+        },
+        "spec.model.revision",
+        "RevisionNotPinned",
+        ("40 hexadecimal digits",),
+    ),
+    (
+        "risk out of bounds",
+        {"security": {"accept": [{"risk": "networkDevices", "why": "it needs InfiniBand"}]}},
+        "spec.security.accept[0].risk",
+        "OutOfBounds",
+        ("'networkDevices'", "trustRemoteCode"),
     ),
     (
         "annotation",
@@ -609,9 +627,9 @@ def test_every_reason_is_tried() -> None:
     assert reasons == {
         "AnnotationRefused", "ArgumentRefused", "ClientsRequired", "EgressRefused", "InvalidSpec",
         "LabelRefused", "LoadBalancingRefused", "ModelSourceMissing", "NameTooLong", "NotSupportedYet",
-        "PortConflict", "PortUnused", "ResourceRefused", "RouteForbidden", "RouteUnknown", "StorageNotShared",
-        "VariableRefused", "VersionBelowFloor", "VersionBelowMinimum", "VersionLacks", "VersionUnknown",
-        "VersionUnreadable", "WorldMismatch",
+        "OutOfBounds", "PortConflict", "PortUnused", "ResourceRefused", "RevisionNotPinned", "RouteForbidden",
+        "RouteUnknown", "StorageNotShared", "VariableRefused", "VersionBelowFloor", "VersionBelowMinimum",
+        "VersionLacks", "VersionUnknown", "VersionUnreadable", "VolumeRefused", "WorldMismatch",
     }  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from securevllm import catalogue
 from securevllm.api import routes
+from securevllm.api.guard import arguments
 
 if TYPE_CHECKING:
     from securevllm.api import types as api
@@ -46,7 +47,7 @@ def hits(spec: api.Spec, version: catalogue.Version) -> tuple[Hit, ...]:
 
 def _features(spec: api.Spec) -> frozenset[str]:
     parallelism = spec.parallelism
-    used = {FEATURE_FLAGS[name] for arg in spec.engine.args if (name := arg.partition("=")[0]) in FEATURE_FLAGS}
+    used = {FEATURE_FLAGS[name] for name in arguments.names(spec.engine.args) if name in FEATURE_FLAGS}
     if parallelism.nodes > 1 or parallelism.data is not None:
         used.add("nodes")
     if parallelism.pipeline > 1:

@@ -13,7 +13,7 @@ from typing import Any
 from securevllm.api import placement
 from securevllm.api import types as api
 from securevllm.api.fields import Model
-from securevllm.api.guard import is_gpu
+from securevllm.api.guard.pod import is_gpu
 from securevllm.api.units import quantity, seconds
 from securevllm.errors import Problem
 
@@ -149,6 +149,25 @@ def _engine(path: str, item: api.EngineSpec) -> Iterator[Problem]:
     yield from _lasts(f"{path}.terminationGracePeriod", item.termination_grace_period, api.GRACE_PERIOD)
 
 
+def _env_var(path: str, item: api.EnvVar) -> Iterator[Problem]:
+    if (item.value is None) == (item.value_from is None):
+        yield _invalid(path, "exactly one of value and valueFrom", "Keep one of them.", item.name)
+    source = item.value_from
+    if source is not None and (source.secret_key_ref is None) == (source.config_map_key_ref is None):
+        yield _invalid(
+            f"{path}.valueFrom", "exactly one of secretKeyRef and configMapKeyRef", "Keep one of them.", item.name
+        )
+
+
+def _volume(path: str, item: api.EngineVolume) -> Iterator[Problem]:
+    kinds = (item.config_map, item.secret, item.persistent_volume_claim, item.empty_dir)
+    if sum(kind is not None for kind in kinds) != 1:
+        rule = "exactly one of configMap, secret, persistentVolumeClaim and emptyDir"
+        yield _invalid(path, rule, "Keep one of them.", item.name)
+    if item.empty_dir is not None:
+        yield from _positive(f"{path}.emptyDir.sizeLimit", item.empty_dir.size_limit)
+
+
 def _verification(path: str, item: api.Verification) -> Iterator[Problem]:
     yield from _lasts(f"{path}.interval", item.interval, api.VERIFICATION_INTERVAL)
 
@@ -178,6 +197,8 @@ _CHECKS: Mapping[type[Model], tuple[Callable[[str, Any], Iterator[Problem]], ...
     placement.Toleration: (_toleration,),
     placement.TopologySpreadConstraint: (_spread,),
     api.EngineSpec: (_engine,),
+    api.EngineVolume: (_volume,),
+    api.EnvVar: (_env_var,),
     api.ModelStorage: (_storage,),
     api.Resources: (_resources,),
     api.Verification: (_verification,),

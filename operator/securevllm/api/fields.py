@@ -85,6 +85,7 @@ Duration = Annotated[str, Field(max_length=16, pattern=r"^[0-9]{1,6}(s|m|h)$")]
 Why = Annotated[str, Field(min_length=10, max_length=500)]
 Cidr = Annotated[str, Field(max_length=49, pattern=r"^[0-9a-fA-F.:]+/[0-9]{1,3}$")]
 HttpsUrl = Annotated[str, Field(max_length=253, pattern=r"^https://[A-Za-z0-9][A-Za-z0-9.:/-]*$")]
+ProxyUrl = Annotated[str, Field(max_length=253, pattern=r"^https?://[a-z0-9]([a-z0-9.-]*[a-z0-9])?:[0-9]{1,5}$")]
 # Kubernetes takes 253 characters before the slash. Here they are 253 in all, and no rule has to count to the slash.
 LabelKey = Annotated[
     str,

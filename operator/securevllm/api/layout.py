@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from securevllm import catalogue
-from securevllm.api import guard, shape
+from securevllm.api import shape
+from securevllm.api.guard.pod import is_gpu
 from securevllm.errors import Problem
 
 if TYPE_CHECKING:
@@ -47,7 +48,7 @@ def world(spec: api.Spec) -> Iterator[Problem]:
     resources = spec.engine.resources
     if resources is None:
         return
-    gpus = {name: value for name, value in (resources.requests | resources.limits).items() if guard.is_gpu(name)}
+    gpus = {name: value for name, value in (resources.requests | resources.limits).items() if is_gpu(name)}
     if len(gpus) > 1:
         yield Problem(
             "spec.engine.resources",

@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 from pydantic.alias_generators import to_camel
 
 from securevllm import catalogue
+from securevllm.api import bounds as platform
 from securevllm.api import guard, layout, routes
 from securevllm.api import types as api
 from securevllm.api.addresses import IPV4_MAPPED, is_public
@@ -32,6 +33,7 @@ from securevllm.errors import Problem, SpecError
 _SPEC = TypeAdapter(api.Spec)
 _TAG = re.compile(r":(?P<tag>[A-Za-z0-9_][A-Za-z0-9._-]{0,127})(@sha256:[a-f0-9]{64})?$")
 _FIELD = re.compile(r"[a-z][A-Za-z]*")
+_DEFAULT_BOUNDS = platform.PlatformBounds()
 
 
 @dataclass(frozen=True)
@@ -56,12 +58,13 @@ class Accepted:
         return hits(self.spec, _oldest(self.spec, self.version))
 
 
-def parse(name: str, raw: dict[str, Any]) -> Accepted:
+def parse(name: str, raw: dict[str, Any], bounds: platform.PlatformBounds = _DEFAULT_BOUNDS) -> Accepted:
     """Judge a spec.
 
     Args:
         name: ``metadata.name``.
         raw: ``spec``, as the API server holds it.
+        bounds: what the platform lets any resource ask for.
 
     Raises:
         SpecError: with everything that is wrong.
@@ -73,8 +76,11 @@ def parse(name: str, raw: dict[str, Any]) -> Accepted:
     problems = [*size_problems(raw), *(problem for check in _CHECKS for problem in check(spec))]
     problems += _name_problems(name)
     version = version_of(spec)
+    problems += platform.check(spec, bounds)
     if isinstance(version, Problem):
-        raise SpecError(*problems, version)
+        # What is wrong in every version is told all the same.
+        raise SpecError(*problems, version, *guard.check(spec, catalogue.newest(), bounds))
+    problems += guard.check(spec, version, bounds)
     problems += [problem for check in _VERSION_CHECKS for problem in check(spec, version)]
     if problems:
         raise SpecError(*problems)
@@ -172,7 +178,6 @@ def _not_supported(spec: api.Spec) -> Iterator[Problem]:
     source = spec.model.source
     later: list[tuple[str, bool, str]] = [
         ("spec.model.source.image", source is not None and source.image is not None, "use persistentVolumeClaim"),
-        ("spec.engine.volumes", bool(spec.engine.volumes), "put the files into the image"),
         (
             "spec.gateway.routes.profiles",
             "realtime" in gateway.routes.profiles,
@@ -398,17 +403,25 @@ def _egress(spec: api.Spec) -> Iterator[Problem]:
                 )
 
 
-def _arguments(spec: api.Spec) -> Iterator[Problem]:
-    yield from guard.check_args(spec.engine.args)
-    yield from guard.check_env(spec.engine.env)
-    yield from guard.check_labels(spec.engine.labels)
-    yield from guard.check_annotations(spec.engine.annotations)
-    yield from guard.check_service_annotations(spec.gateway.service.annotations)
-    yield from guard.check_resources("spec.engine.resources", spec.engine.resources, gpus=True)
-    yield from guard.check_resources("spec.gateway.resources", spec.gateway.resources, gpus=False)
-    if spec.disaggregation is not None:
-        router = spec.disaggregation.router
-        yield from guard.check_resources("spec.disaggregation.router.resources", router.resources, gpus=False)
+def _proxy(spec: api.Spec) -> Iterator[Problem]:
+    named = [(index, entry) for index, entry in enumerate(spec.security.egress) if entry.proxy is not None]
+    for index, entry in named:
+        port = (entry.proxy or "").rpartition(":")[2]
+        if not any(str(item.port) == port and item.protocol == "TCP" for item in entry.ports):
+            yield Problem(
+                f"spec.security.egress[{index}].proxy",
+                "EgressRefused",
+                "the rule does not open the proxy's own port",
+                f"Write ports: [{{port: {port}}}].",
+                entry.proxy or "",
+            )
+    for index, _ in named[1:]:
+        yield Problem(
+            f"spec.security.egress[{index}].proxy",
+            "EgressRefused",
+            "engines send everything through one proxy",
+            "Keep one of them.",
+        )
 
 
 _CHECKS: tuple[Callable[[api.Spec], Iterator[Problem]], ...] = (
@@ -425,7 +438,7 @@ _CHECKS: tuple[Callable[[api.Spec], Iterator[Problem]], ...] = (
     _without_effect,
     _clients,
     _egress,
-    _arguments,
+    _proxy,
 )
 
 
@@ -499,7 +512,10 @@ def _risks(spec: api.Spec) -> Iterator[str]:
         yield f"vllmVersion.assume: the routes are those of {spec.vllm_version.assume}, whatever the image holds"
     if spec.security.media.allow_redirects:
         yield "security.media.allowRedirects: a redirect leads past the allowed domains"
-    clients = spec.gateway.clients
+    yield from _client_risks(spec.gateway.clients)
+
+
+def _client_risks(clients: api.Peers | None) -> Iterator[str]:
     if clients is not None and any(ipaddress.ip_network(cidr).prefixlen == 0 for cidr in clients.cidrs):
         yield "gateway.clients.cidrs: every address may connect"
     if clients is not None and clients.namespace_selector == LabelSelector():

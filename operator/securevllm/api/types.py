@@ -27,6 +27,7 @@ from securevllm.api.fields import (
     Model,
     ModelName,
     Port,
+    ProxyUrl,
     Quantity,
     Why,
     Word,
@@ -44,6 +45,16 @@ KIND = "SecureVLLMDeployment"
 
 NAME_LIMIT = 40
 """Longest ``metadata.name``: a StatefulSet name has 52 characters, and members add ``-12-12`` and a suffix."""
+
+Risk = Literal[
+    "vllmVersionBelowFloor",
+    "trustRemoteCode",
+    "promptsInLogs",
+    "requestChatTemplates",
+    "tensorsInRequests",
+    "networkDevices",
+]
+"""What may be taken in words (catalogue/data/risks.toml)."""
 
 Profile = Literal["chat", "embeddings", "responses", "messages", "score", "rerank", "audio", "realtime"]
 
@@ -217,7 +228,7 @@ class ModelSpec(Model):
     )
 
 
-Argument = Annotated[str, Field(max_length=1024, pattern=r"^--[a-z0-9-]+(=[A-Za-z0-9._:/+-]*)?$")]
+RouterArgument = Annotated[str, Field(max_length=1024, pattern=r"^--[a-z0-9-]+(=[A-Za-z0-9._:/+-]*)?$")]
 
 
 # ---------------------------------------------------------------------------------------------------------- topology
@@ -268,7 +279,7 @@ class RouterSpec(Model):
 
     image: Image = Field(description="Image that holds the program vllm-router.")
     replicas: Annotated[int, Field(ge=0, le=16)] = Field(1, description="Router pods.")
-    args: Annotated[tuple[Argument, ...], Field(json_schema_extra=listed(limit=16))] = Field(
+    args: Annotated[tuple[RouterArgument, ...], Field(json_schema_extra=listed(limit=16))] = Field(
         (), description="Further flags of vllm-router, as --flag=value; exact names of the allowlist only."
     )
     resources: Resources | None = Field(None, description="cpu, memory and ephemeral-storage of a router pod.")
@@ -318,15 +329,31 @@ class Ports(Model):
 # ------------------------------------------------------------------------------------------------------------ engine
 
 
+class EnvVarSource(Model):
+    """Where the value of a variable comes from: exactly one key."""
+
+    model_config = ConfigDict(json_schema_extra=rules(exactly_one("secretKeyRef", "configMapKeyRef")))
+
+    secret_key_ref: SecretKeyRef | None = Field(None, description="A key of a Secret; none of the operator's own.")
+    config_map_key_ref: ConfigMapKeyRef | None = Field(None, description="A key of a ConfigMap.")
+
+
 class EnvVar(Model):
-    """One environment variable of the engine, in plain text. Only names of the catalogue's allowlist."""
+    """One environment variable of the engine. Only names of the catalogue's allowlist; there is no envFrom."""
+
+    model_config = ConfigDict(json_schema_extra=rules(exactly_one("value", "valueFrom")))
 
     name: Annotated[str, Field(max_length=128, pattern=r"^[A-Z_][A-Z0-9_]*$")] = Field(
         description="Name of the variable; one of the allowlist."
     )
-    value: Annotated[str, Field(max_length=1024, pattern=r"^[^$\x00-\x1f\x7f]*$")] = Field(
-        description="Plain text on one line; no $ (Kubernetes would expand it)."
+    value: Annotated[str, Field(max_length=1024, pattern=r"^[^$\x00-\x1f\x7f]*$")] | None = Field(
+        None, description="Plain text on one line; no $ (Kubernetes would expand it)."
     )
+    value_from: EnvVarSource | None = Field(None, description="One key of a Secret or of a ConfigMap.")
+
+
+# Printable ASCII without "$", which Kubernetes expands. The guard reads what is left.
+Argument = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[ -#%-~]+$")]
 
 
 class ClaimVolume(Model):
@@ -336,27 +363,46 @@ class ClaimVolume(Model):
     read_only: bool = Field(True, description="Whether engines may only read it.")
 
 
-class EngineVolume(Model):
-    """A further volume of the engine: exactly one of configMap and persistentVolumeClaim."""
+class SecretVolume(Model):
+    """Files from a Secret of the same namespace, one per key."""
 
-    model_config = ConfigDict(json_schema_extra=rules(exactly_one("configMap", "persistentVolumeClaim")))
+    secret_name: DnsName = Field(description="Name of the Secret; none of the operator's own.")
 
-    name: DnsLabel = Field(description="Name of the volume.")
-    mount_path: Annotated[str, Field(max_length=253, pattern=r"^/[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)*$")] = Field(
-        description="Absolute path in the engine's container."
+
+class EmptyDirVolume(Model):
+    """Scratch space that goes with the pod."""
+
+    size_limit: Quantity = Field(
+        "1Gi", description="The pod is evicted when it holds more.", json_schema_extra=_POSITIVE
     )
-    config_map: ConfigMapRef | None = Field(None, description="Files from a ConfigMap.")
+
+
+class EngineVolume(Model):
+    """A further volume of the engine. Nothing else is offered: no host path, no inline CSI, no projected token."""
+
+    model_config = ConfigDict(
+        json_schema_extra=rules(exactly_one("configMap", "secret", "persistentVolumeClaim", "emptyDir"))
+    )
+
+    name: Annotated[DnsLabel, Field(max_length=50)] = Field(description="Name of the volume.")
+    mount_path: Annotated[
+        str,
+        Field(max_length=253, pattern=r"^/(data|mnt)(/[A-Za-z0-9_][A-Za-z0-9._-]*)+$"),
+    ] = Field(description="Folder in the engine's container, below /data or /mnt.")
+    config_map: ConfigMapRef | None = Field(None, description="Files from a ConfigMap; read-only.")
+    secret: SecretVolume | None = Field(None, description="Files from a Secret; read-only.")
     persistent_volume_claim: ClaimVolume | None = Field(None, description="A PersistentVolumeClaim.")
+    empty_dir: EmptyDirVolume | None = Field(None, description="Scratch space that goes with the pod.")
 
 
 class EngineSpec(Model):
     """The engine's process and pod."""
 
     args: Annotated[tuple[Argument, ...], Field(json_schema_extra=listed(limit=64))] = Field(
-        (), description="Flags of `vllm serve`, as --flag or --flag=value; exact names of the allowlist only."
+        (), description="Flags of `vllm serve`; exact names of the allowlist only (docs/guard.md)."
     )
     env: Annotated[tuple[EnvVar, ...], Field(json_schema_extra=listed("name", limit=64))] = Field(
-        (), description="Environment variables in plain text; exact names of the allowlist only."
+        (), description="Environment variables; exact names of the allowlist only (docs/guard.md)."
     )
     resources: Resources | None = Field(
         None,
@@ -387,7 +433,7 @@ class EngineSpec(Model):
         json_schema_extra=_POSITIVE,
     )
     volumes: Annotated[tuple[EngineVolume, ...], Field(json_schema_extra=listed("name", limit=8))] = Field(
-        (), description="Further volumes. Not supported yet."
+        (), description="Further volumes, mounted below /data or /mnt."
     )
     startup_timeout: Duration = Field(
         "60m",
@@ -399,10 +445,10 @@ class EngineSpec(Model):
         description="How long running requests may take to finish when a pod ends; 1s to 24h.",
         json_schema_extra=_lasts(GRACE_PERIOD),
     )
-    labels: Labels = Field(default_factory=dict, description="Labels of the pods; none of securevllm.io or Kubernetes.")
-    annotations: Annotations = Field(
-        default_factory=dict, description="Annotations of the pods; none that a CNI, CRI or mesh reads."
+    labels: Labels = Field(
+        default_factory=dict, description="Labels of the pods: names without a prefix, and what the platform allows."
     )
+    annotations: Annotations = Field(default_factory=dict, description="Annotations of the pods; an allowlist.")
 
 
 # ----------------------------------------------------------------------------------------------------------- gateway
@@ -604,6 +650,15 @@ class Media(Model):
     allow_redirects: bool = Field(
         False, description="Whether engines follow redirects of media URLs (VLLM_MEDIA_URL_ALLOW_REDIRECTS)."
     )
+    max_download_megabytes: Annotated[int, Field(ge=1, le=256)] | None = Field(
+        None, description="Largest download of one medium (VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB). Absent: 256."
+    )
+    max_request_download_megabytes: Annotated[int, Field(ge=1, le=256)] | None = Field(
+        None, description="All downloads of one request (VLLM_MAX_MEDIA_REQUEST_DOWNLOAD_SIZE_MB). Absent: 256."
+    )
+    max_image_pixels: Annotated[int, Field(ge=1, le=178956970)] | None = Field(
+        None, description="Largest image, decoded (VLLM_MAX_IMAGE_PIXELS). Absent: 178956970."
+    )
 
 
 class EgressPort(Model):
@@ -619,6 +674,11 @@ class EgressRule(Model):
     to: Peers = Field(description="The destination: pods by label, or public addresses.")
     ports: Annotated[tuple[EgressPort, ...], Field(json_schema_extra=listed(), min_length=1)] = Field(
         description="Ports of the destination."
+    )
+    proxy: ProxyUrl | None = Field(
+        None,
+        description="This destination is an HTTP proxy: engines send what they fetch through it. A policy knows"
+        " addresses, a proxy knows names. In one rule only.",
     )
     why: Why = Field(description="Why this is needed. Shown in status.")
 
@@ -647,7 +707,7 @@ class Gate(Model):
 class Acceptance(Model):
     """A risk that is taken in words; shown in status."""
 
-    risk: Literal["vllmVersionBelowFloor"] = Field(description="Which risk.")
+    risk: Risk = Field(description="Which risk; docs/guard.md tells what each gives up.")
     why: Why = Field(description="Why it is taken. Shown in status.")
 
 

@@ -183,11 +183,49 @@ class Danger:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """A flag or a variable that a user may set. Columns: see ``data/flags.toml``.
+
+    Attributes:
+        name: ``--max-model-len``, ``OMP_NUM_THREADS``.
+        kind: kind of value; ``choice`` when `choices` are all of them.
+        choices: the values.
+        path: whether a path below a declared volume is a value, too.
+        versions: releases that have it.
+    """
+
+    name: str
+    kind: str
+    choices: tuple[str, ...] = ()
+    path: bool = False
+    versions: Range = Range()
+
+
+@dataclass(frozen=True)
 class Flags:
-    """Command-line flags of ``vllm serve``: which the operator owns, which a user may set, with the kind of value."""
+    """Command-line flags of ``vllm serve``.
+
+    Attributes:
+        owned: those that the operator sets, and the spec field that a user writes instead.
+        allowed: those that a user may set.
+        json: per flag with a JSON value: keys that it may have, nested ones with dots.
+        short: short forms and their long names.
+    """
 
     owned: dict[str, str]
-    allowed: dict[str, str]
+    allowed: dict[str, Setting]
+    json: dict[str, dict[str, Setting]]
+    short: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Risk:
+    """A risk that a spec may take in words. Columns: see ``data/risks.toml``."""
+
+    name: str
+    why: str
+    default: bool
+    flags: dict[str, Setting]
 
 
 @dataclass(frozen=True)
@@ -195,7 +233,7 @@ class Environment:
     """Variables of engine containers: what the operator sets, and what a user may set."""
 
     fixed: dict[str, str]
-    allowed: frozenset[str]
+    allowed: dict[str, Setting]
 
 
 def _read(name: str) -> dict[str, Any]:
@@ -240,17 +278,50 @@ def sockets() -> dict[str, Socket]:
     return {row["name"]: Socket(versions=_range(row), **row) for row in rows}
 
 
+def _settings(table: dict[str, Any]) -> dict[str, Setting]:
+    return {name: _setting(name, row if isinstance(row, dict) else {"value": row}) for name, row in table.items()}
+
+
+def _setting(name: str, row: dict[str, Any]) -> Setting:
+    row = dict(row)
+    value, versions = row.pop("value"), _range(row)
+    if isinstance(value, list):
+        return Setting(name, "choice", tuple(value), versions=versions, **row)
+    return Setting(name, value, versions=versions, **row)
+
+
 @functools.cache
 def flags() -> Flags:
     """The flags that the guard knows."""
-    return Flags(**_read("flags.toml"))
+    table = _read("flags.toml")
+    return Flags(
+        owned=table["owned"],
+        allowed=_settings(table["allowed"]),
+        json={name: _settings(keys) for name, keys in table["json"].items()},
+        short=table["short"],
+    )
+
+
+@functools.cache
+def risks() -> dict[str, Risk]:
+    """The risks that a spec may take, by name."""
+    return {
+        name: Risk(name, row["why"], row["default"], _settings(row.get("flags", {})))
+        for name, row in _read("risks.toml").items()
+    }
+
+
+@functools.cache
+def risky_flags() -> dict[str, Risk]:
+    """Flags that an accepted risk opens."""
+    return {flag: risk for risk in risks().values() for flag in risk.flags}
 
 
 @functools.cache
 def environment() -> Environment:
     """The variables that the guard knows."""
     table = _read("environment.toml")
-    return Environment(fixed=table["set"], allowed=frozenset(table["allowed"]["names"]))
+    return Environment(fixed=table["set"], allowed=_settings(table["allowed"]))
 
 
 @functools.cache

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from securevllm import catalogue
+from securevllm.api.guard import arguments as guarded
 from securevllm.api.units import seconds
 from securevllm.render import envoy, fetch, gate, pods
 from securevllm.render.meta import ENGINE_KEY_ANNOTATION, RESTART_ANNOTATION, Object, Owner
@@ -28,6 +29,7 @@ _PROBE_SECONDS = 10
 _ENDPOINT_SECONDS = 15
 """Time for the gateway to notice that a pod is going: DNS refresh plus the DNS server's cache."""
 
+_NOT_PROXIED = "localhost,127.0.0.1,::1,.svc,.local"
 _UNREACHABLE_DOMAIN = "none.invalid"
 """vLLM reads an empty list of media domains as "any"; .invalid never resolves (RFC 6761)."""
 
@@ -118,6 +120,7 @@ def template(owner: Owner, spec: api.Spec, topology: Topology, context: Context,
             {"name": "tmp", "mountPath": "/tmp"},  # noqa: S108 - a mount of the pod
             {"name": "shm", "mountPath": "/dev/shm"},  # noqa: S108 - a mount of the pod
             *([{"name": "model", "mountPath": fetch.MOUNT, "readOnly": True}] if volume else []),
+            *map(_mount, engine.volumes),
         ],
     }
     held_back = gate.init_containers(spec, topology, Role.ENGINE, context, image=spec.image)
@@ -130,6 +133,7 @@ def template(owner: Owner, spec: api.Spec, topology: Topology, context: Context,
             pods.empty_dir("tmp"),
             pods.empty_dir("shm", memory=engine.shared_memory),
             *([volume] if volume else []),
+            *map(_volume, engine.volumes),
         ],
         **pods.placement(spec),
     }
@@ -149,7 +153,7 @@ def arguments(owner: Owner, spec: api.Spec, topology: Topology) -> list[str]:
     domains = spec.security.media.allowed_domains or (_UNREACHABLE_DOMAIN,)
     return [
         fetch.path(owner, spec) or spec.model.name,
-        *spec.engine.args,
+        *guarded.canonical(spec.engine.args),
         f"--served-model-name={spec.model.served_name or spec.model.name}",
         "--host=$(POD_IP)",
         f"--port={topology.socket(Role.ENGINE, 'api').port}",
@@ -166,7 +170,8 @@ def environment(owner: Owner, spec: api.Spec) -> list[dict[str, Any]]:
     """The container's variables; ours come last, and the guard refused their names."""
     fixed = catalogue.environment().fixed | {
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(envoy.ENGINE_KEEP_ALIVE_SECONDS),
-        "VLLM_MEDIA_URL_ALLOW_REDIRECTS": "1" if spec.security.media.allow_redirects else "0",
+        **_media(spec.security.media),
+        **_proxy(spec),
         "HOME": pods.HOME,
         "USER": "vllm",
         "LOGNAME": "vllm",
@@ -187,9 +192,60 @@ def environment(owner: Owner, spec: api.Spec) -> list[dict[str, Any]]:
         # Unset, vLLM dials 8.8.8.8 to find its address and falls back to 0.0.0.0.
         pods.field_env("VLLM_HOST_IP", "status.podIP"),
         pods.secret_env("VLLM_API_KEY", key_secret(owner), KEY),
-        *(variable.model_dump() for variable in spec.engine.env),
+        *(variable.model_dump(mode="json", by_alias=True, exclude_none=True) for variable in spec.engine.env),
         *({"name": name, "value": value} for name, value in sorted(fixed.items())),
     ]
+
+
+def _media(media: api.Media) -> dict[str, str]:
+    """What the spec sets of the limits of media; the others are those of the catalogue."""
+    limits = {
+        "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": media.max_download_megabytes,
+        "VLLM_MAX_MEDIA_REQUEST_DOWNLOAD_SIZE_MB": media.max_request_download_megabytes,
+        "VLLM_MAX_IMAGE_PIXELS": media.max_image_pixels,
+    }
+    redirects = {"VLLM_MEDIA_URL_ALLOW_REDIRECTS": "1" if media.allow_redirects else "0"}
+    return redirects | {name: str(limit) for name, limit in limits.items() if limit is not None}
+
+
+def proxy(spec: api.Spec) -> str | None:
+    """The HTTP proxy that the spec declares."""
+    return next((entry.proxy for entry in spec.security.egress if entry.proxy is not None), None)
+
+
+def _proxy(spec: api.Spec) -> dict[str, str]:
+    """Both spellings: libraries differ in which one they read. Nothing within the pod and the cluster goes through."""
+    url = proxy(spec)
+    if url is None:
+        return {}
+    names = {"HTTP_PROXY": url, "HTTPS_PROXY": url, "NO_PROXY": _NOT_PROXIED}
+    return names | {name.lower(): value for name, value in names.items()}
+
+
+_VOLUME_PREFIX = "user-"
+"""In front of the names of a spec's volumes: the operator's own can never meet them."""
+
+
+def _mount(volume: api.EngineVolume) -> dict[str, Any]:
+    claim = volume.persistent_volume_claim
+    writable = volume.empty_dir is not None or (claim is not None and not claim.read_only)
+    mount = {"name": f"{_VOLUME_PREFIX}{volume.name}", "mountPath": volume.mount_path}
+    return mount if writable else {**mount, "readOnly": True}
+
+
+def _volume(volume: api.EngineVolume) -> dict[str, Any]:
+    source: dict[str, Any] = {"emptyDir": {}}
+    if volume.config_map is not None:
+        source = {"configMap": {"name": volume.config_map.name}}
+    elif volume.secret is not None:
+        # Readable for the pod's group, which is that of the files.
+        source = {"secret": {"secretName": volume.secret.secret_name, "defaultMode": 0o440}}
+    elif volume.persistent_volume_claim is not None:
+        claim = volume.persistent_volume_claim
+        source = {"persistentVolumeClaim": {"claimName": claim.claim_name, "readOnly": claim.read_only}}
+    elif volume.empty_dir is not None:
+        source = {"emptyDir": {"sizeLimit": str(volume.empty_dir.size_limit)}}
+    return {"name": f"{_VOLUME_PREFIX}{volume.name}", **source}
 
 
 def resources(spec: api.Spec) -> dict[str, Any]:
@@ -215,9 +271,12 @@ def inputs(raw: Mapping[str, Any], started_with: StartedWith, gates: Mapping[str
         gates: what the gate depends on.
     """
     chosen = ("model", "image", "imagePullSecrets", "parallelism", "ports", "engine")
+    security = raw.get("security", {})
+    proxies = [entry["proxy"] for entry in security.get("egress", ()) if "proxy" in entry]
     return {
         "spec": {name: raw[name] for name in chosen if name in raw},
-        "media": raw.get("security", {}).get("media", {}),
+        "media": security.get("media", {}),
+        **({"proxy": proxies} if proxies else {}),
         "restartAt": started_with.restart_at,
         "engineKey": started_with.key,
         **gates,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from securevllm.api.guard import trusts_remote_code
 from securevllm.render import pods
 from securevllm.render.meta import Object, Owner, digest
 from securevllm.topology import Role, fetch_source
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
 ROLE = Role.FETCH.value
 MOUNT = "/models"
 
-_NEVER_FETCHED = ("*.py", "*.bin", "*.pt", "*.pkl", "*.pth", "*.ckpt")
-"""Code and pickles: a model that needs them is not served without a decision in words."""
+_CODE = ("*.py",)
+_PICKLES = ("*.bin", "*.pt", "*.pkl", "*.pth", "*.ckpt")
+"""A model that needs these is not served; code only after a decision in words (``trustRemoteCode``)."""
 
 
 def claim(owner: Owner, spec: api.Spec) -> Object | None:
@@ -73,7 +75,13 @@ def job_name(owner: Owner, spec: api.Spec) -> str:
 def _key(owner: Owner, spec: api.Spec) -> str:
     source = fetch_source(spec)
     endpoint = source.endpoint if source is not None else None
-    return digest([spec.model.name, spec.model.revision, endpoint, claim_name(owner, spec)], 10)
+    what = [spec.model.name, spec.model.revision, endpoint, claim_name(owner, spec)]
+    # Another folder: one without code must not get any by a later change of the spec.
+    return digest([*what, "with code"] if trusts_remote_code(spec) else what, 10)
+
+
+def _excluded(spec: api.Spec) -> tuple[str, ...]:
+    return _PICKLES if trusts_remote_code(spec) else (*_CODE, *_PICKLES)
 
 
 def job(owner: Owner, spec: api.Spec) -> Object | None:
@@ -90,7 +98,7 @@ def job(owner: Owner, spec: api.Spec) -> Object | None:
             spec.model.name,
             *([f"--revision={spec.model.revision}"] if spec.model.revision else []),
             f"--local-dir={MOUNT}/{_key(owner, spec)}",
-            *(f"--exclude={pattern}" for pattern in _NEVER_FETCHED),
+            *(f"--exclude={pattern}" for pattern in _excluded(spec)),
         ],
         "env": [
             *([pods.secret_env("HF_TOKEN", token.name, token.key)] if token else []),

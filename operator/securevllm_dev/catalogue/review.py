@@ -41,19 +41,15 @@ class Reviewed:
 def reviewed() -> Reviewed:
     """The judgements that ship with this package and with the catalogue."""
     data = tomllib.loads((resources.files(__package__) / "reviewed.toml").read_text(encoding="utf-8"))
-    dangers = tomllib.loads((resources.files(catalogue) / "data" / "dangers.toml").read_text(encoding="utf-8"))
+    flags, variables = catalogue.dangers()
     return Reviewed(
         servers=data["servers"],
         unreadable=tuple(data["unreadable"]),
-        flags=_names(dangers["flags"]) | frozenset(data["flags"]["harmless"]),
-        variables=_names(dangers["variables"]) | frozenset(data["variables"]["harmless"]),
+        flags=frozenset({*flags, *data["flags"]["harmless"]}),
+        variables=frozenset({*variables, *data["variables"]["harmless"]}),
         suspicious_flags=re.compile(data["flags"]["suspicious"]),
         suspicious_variables=re.compile(data["variables"]["suspicious"]),
     )
-
-
-def _names(groups: list[dict[str, list[str]]]) -> frozenset[str]:
-    return frozenset(name for group in groups for name in group["names"])
 
 
 def review(found: Findings, *, complete: bool) -> list[str]:
@@ -85,12 +81,32 @@ def review(found: Findings, *, complete: bool) -> list[str]:
         for variable in found.environment
         if reviewed().suspicious_variables.search(variable.name) and variable.name not in variables
     ]
+    complaints += _ranges(found, version)
     complaints += [
         f"{place.where}: {place.kind}: {place.code}: not reviewed"
         for place in found.unreadable
         if not any(_matches(place, row) for row in reviewed().unreadable)
     ]
     return complaints
+
+
+def _ranges(found: Findings, version: catalogue.Version) -> Iterator[str]:
+    """What a user may set, and this version has not; or the other way round; or takes no value, or one."""
+    known = dict(catalogue.flags().allowed)
+    for risk in catalogue.risks().values():
+        known |= risk.flags
+    names = {flag.name for flag in found.flags}
+    for name, setting in known.items():
+        has, expected = name in names, version in setting.versions
+        if has != expected:
+            yield f"flags.toml: {name}: {'outside of its versions, but there' if has else 'not in this version'}"
+        elif has and (f"--no-{name[2:]}" in names) != (setting.kind == "bool"):
+            yield f"flags.toml: {name}: kind {setting.kind}, but its negation says otherwise"
+    variables = {variable.name for variable in found.environment}
+    for name, setting in catalogue.environment().allowed.items():
+        # Other prefixes are variables of libraries, which vllm/envs.py does not list.
+        if name.startswith("VLLM_") and (name in variables) != (version in setting.versions):
+            yield f"environment.toml: {name}: its versions are not those that have it"
 
 
 def _listed(name: str, listed: set[str]) -> bool:
