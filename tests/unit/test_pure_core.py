@@ -15,7 +15,7 @@ CORE = sorted(
     path.relative_to(ROOT)
     for pattern in (
         *("api/*.py", "catalogue/*.py", "render/*.py", "status/*.py", "explain/*.py", "topology/*.py"),
-        *("context.py", "drift.py", "netpol.py"),
+        *("context.py", "drift.py", "groups.py", "netpol.py"),
     )
     for path in ROOT.glob(pattern)
 )
