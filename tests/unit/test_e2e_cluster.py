@@ -1,0 +1,206 @@
+"""The parts of the local cluster that need no cluster: addresses, images, what is missing, what can be reached."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import json
+import os
+import socket
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from e2e import images as project
+from e2e import reach
+from e2e.cluster import ClusterError, network, nodes, packages
+from e2e.cluster.binaries import CONTROL_PLANE, NODE_PROGRAMS, PROGRAMS
+from e2e.cluster.images import Image, Layer
+from e2e.cluster.node import Node
+from securevllm.context import Context
+
+NODES = ("n1", "n2")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def routes(monkeypatch: pytest.MonkeyPatch, *destinations: str) -> None:
+    answer = json.dumps([{"dst": destination} for destination in ("default", *destinations)])
+    monkeypatch.setattr(network, "run_ip", lambda *_arguments: answer)
+
+
+def test_the_first_free_plan_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    routes(monkeypatch)
+    assert network.free_plan(NODES, []).index == 0
+    assert network.free_plan(NODES, [0, 1]).index == 2
+
+
+@pytest.mark.parametrize("route", ["10.99.0.0/24", "10.100.0.0/14", "10.100.7.0/24", "10.99.0.5"])
+def test_a_plan_whose_addresses_are_routed_is_left_alone(monkeypatch: pytest.MonkeyPatch, route: str) -> None:
+    routes(monkeypatch, route)
+    assert network.free_plan(NODES, []).index == (4 if route == "10.100.0.0/14" else 1)
+
+
+def test_no_free_plan_names_the_ranges_and_where_to_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    routes(monkeypatch, "10.0.0.0/8")
+    with pytest.raises(ClusterError, match=r"10\.99\.0\.0.*10\.115\.0\.0.*e2e\.cluster status"):
+        network.free_plan(NODES, [])
+
+
+def test_plans_do_not_overlap_and_names_fit_the_kernel() -> None:
+    plans = [network.Plan(index, NODES) for index in range(network.PLANS)]
+    for what in ("link", "gateway", "node_range", "pod_range", "outsider_ip"):
+        assert len({getattr(plan, what) for plan in plans}) == network.PLANS
+    assert all(len(plan.link) <= 15 for plan in plans)
+    addresses = [plan.node_ip(node) for plan in plans for node in NODES] + [plan.gateway for plan in plans]
+    assert len(set(addresses)) == len(addresses)
+
+
+def test_only_cilium_brings_an_agent(tmp_path: Path) -> None:
+    plan = network.Plan(0, NODES)
+    assert "cilium-agent" in Node("n1", plan, tmp_path, "cilium").daemons
+    assert Node("n1", plan, tmp_path, "bridge").daemons == ("containerd", "kubelet", "kube-proxy")
+
+
+def test_every_program_belongs_to_the_control_plane_or_to_nodes() -> None:
+    assert set(CONTROL_PLANE) | set(NODE_PROGRAMS) == set(PROGRAMS)
+    assert not set(CONTROL_PLANE) & set(NODE_PROGRAMS)
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_program_s_module_requires_its_version(name: str) -> None:
+    component = PROGRAMS[name].component
+    text = (Path(network.__file__).parent / component.module / "go.mod").read_text(encoding="utf-8")
+    assert component.source.startswith("securevllm.io/") or f"{component.source} v{component.version}" in text
+
+
+def test_missing_packages_are_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packages, "SYSTEM_PATH", "/nowhere")
+    monkeypatch.setattr(packages, "NEEDED", {"containerd": "containerd", "ctr": "containerd", "runc": "runc"})
+    monkeypatch.setattr(packages, "NEEDED_BY_CILIUM", {"/nowhere/clang": "clang-19"})
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert packages.missing(cilium=False) == ["containerd", "runc"]
+    with pytest.raises(
+        ClusterError, match=r"apt-get install --no-install-recommends containerd runc clang-19 \(as root"
+    ):
+        packages.ensure(lambda _line: None, cilium=True)
+
+
+def test_nodes_without_root_are_refused_with_the_alternatives(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(ClusterError, match=r"Linux and root.*kind on PATH.*SVLLM_KUBECONFIG="):
+        nodes.check_machine()
+
+
+def layer(name: str, key: str, *, mode: int = 0o644, time: int = 0, times_filled: list[int] | None = None) -> Layer:
+    def fill(root: Path) -> None:
+        if times_filled is not None:
+            times_filled.append(1)
+        for file in ("b", "a"):
+            (root / file).write_text(file, encoding="ascii")
+            (root / file).chmod(mode)
+            os.utime(root / file, (time, time))
+        (root / "tmp").mkdir(mode=0o700)
+        (root / "tmp").chmod(0o1777)
+
+    return Layer(name, key, fill)
+
+
+def test_a_layer_is_packed_once_for_its_key() -> None:
+    filled: list[int] = []
+    one = layer("one", "key", times_filled=filled)
+    assert one.prepare(lambda _line: None) == layer("one", "key", times_filled=filled).prepare(lambda _line: None)
+    assert len(filled) == 1
+    assert layer("one", "other").file != one.file
+
+
+def test_packing_does_not_depend_on_time_owner_and_umask() -> None:
+    digests = {
+        layer("l", key, mode=mode, time=time).prepare(lambda _line: None)
+        for key, mode, time in (("1", 0o644, 0), ("2", 0o600, 10**9))
+    }
+    assert len(digests) == 1
+    with tarfile.open(layer("l", "1").file) as archive:
+        assert [(item.name, item.mode, item.uid, item.mtime) for item in archive] == [
+            ("a", 0o644, 0, 0),
+            ("b", 0o644, 0, 0),
+            ("tmp", 0o1777, 0, 0),
+        ]
+
+
+def test_a_layer_that_fails_leaves_nothing_in_the_cache() -> None:
+    def fill(_root: Path) -> None:
+        raise ClusterError("no disk")
+
+    broken = Layer("broken", "key", fill)
+    with pytest.raises(ClusterError, match="no disk"):
+        broken.prepare(lambda _line: None)
+    assert list(broken.file.parent.iterdir()) == []
+
+
+def test_an_image_is_a_docker_archive_with_its_name_layers_and_configuration() -> None:
+    image = Image("registry.local/x:1", (layer("l1", "1"), layer("l2", "2")), {"Env": ["A=b"], "User": "1:1"})
+    out = io.BytesIO()
+    image.write(out)
+    out.seek(0)
+    with tarfile.open(fileobj=out) as archive:
+        content = {item.name: archive.extractfile(item).read() for item in archive}  # type: ignore[union-attr]
+    [manifest] = json.loads(content["manifest.json"])
+    config: dict[str, Any] = json.loads(content[manifest["Config"]])
+    assert manifest["RepoTags"] == ["registry.local/x:1"]
+    assert [f"sha256:{name.removesuffix('/layer.tar')}" for name in manifest["Layers"]] == config["rootfs"]["diff_ids"]
+    assert all(name in content for name in manifest["Layers"])
+    assert config["config"]["User"] == "1:1"
+    assert config["config"]["Env"][-1] == "A=b"
+    assert config["config"]["Env"][0].startswith("PATH=")
+
+
+def test_the_operator_s_image_is_configured_by_its_dockerfile() -> None:
+    assert project.dockerfile_config(project.DOCKERFILE) == {
+        "Env": ["PYTHONPATH=/app:/packages", "PYTHONUNBUFFERED=1"],
+        "User": "65532:65532",
+        "Entrypoint": ["python", "-m", "securevllm"],
+        "Cmd": ["run"],
+    }
+
+
+def test_images_carry_the_names_that_are_rendered() -> None:
+    names = [image.name for image in project.every()]
+    assert names[0].startswith("secure-vllm-operator:")
+    assert names[1] == Context().gateway_image
+    assert names[2] == "vllm/vllm-openai:v0.33.0"
+
+
+async def test_reach_tells_open_from_refused_and_unknown() -> None:
+    closed = socket.socket()
+    closed.bind(("127.0.0.1", 0))  # bound, not listening: nobody else takes the port
+    server = await asyncio.start_server(lambda _reader, writer: writer.close(), "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    try:
+        assert await reach.reach(f"127.0.0.1:{port}", 5) == reach.OPEN
+        assert await reach.reach(f"127.0.0.1:{closed.getsockname()[1]}", 5) == reach.REFUSED
+        assert await reach.reach("no-such-name.invalid:1", 5) == reach.UNKNOWN_NAME
+    finally:
+        closed.close()
+        server.close()
+        await server.wait_closed()
+
+
+async def test_reach_calls_a_full_backlog_silent() -> None:
+    with socket.socket() as full:
+        full.bind(("127.0.0.1", 0))
+        full.listen(0)
+        target = full.getsockname()
+        waiting = [socket.socket() for _ in range(3)]
+        for item in waiting:
+            item.setblocking(False)
+            item.connect_ex(target)
+        assert await reach.reach(f"{target[0]}:{target[1]}", 0.3) == reach.SILENT
+        for item in waiting:
+            item.close()
