@@ -3,6 +3,7 @@
 A case is one YAML file: a SecureVLLMDeployment, and as an optional second document
 
 * ``clusterRanges`` of the `Context`, ``clientKeys``: client id to key, ``fetched``: the fetch Job is complete,
+* ``groups``: what is remembered of each,
 * ``pins``: workload name to fields that its pinned template differs in (I11), ``restartAt``,
 * ``facts``: fields of `Facts` for ``status.yaml``; absent: no status.
 """
@@ -21,9 +22,9 @@ import yaml
 from securevllm import explain
 from securevllm.api.parse import Accepted, parse
 from securevllm.context import Context
-from securevllm.render import Observed, Rendered, accepted, fetch, render
+from securevllm.render import Observed, Rendered, accepted, fetch, render, vllm
 from securevllm.render.envoy import ClientKey
-from securevllm.render.meta import Object, Owner
+from securevllm.render.meta import EPOCH_LABEL, TEMPLATE_LABEL, Object, Owner
 from securevllm.status import Facts, Fetch, Gateway, Workload, status
 
 HERE = Path(__file__).parent
@@ -61,6 +62,7 @@ def load(name: str) -> Case:
         fetched=frozenset({fetch.job_name(owner, judged.spec)}) if second.get("fetched") else frozenset(),
         restart_at=second.get("restartAt", ""),
         seal_key=b"the seal of golden cases",
+        groups={name: accepted.GroupMemory(**memory) for name, memory in second.get("groups", {}).items()},
     )
     if second.get("pins"):
         observed = replace(observed, pins=_pins(owner, render(owner, judged, context, observed), second["pins"]))
@@ -99,6 +101,7 @@ def files(case: Case) -> dict[str, str]:
 def _rest(made: Rendered) -> Iterator[str]:
     """What is neither an object nor part of the picture."""
     yield f"selector {made.selector}"
+    yield from (f"group {item.group.name} template {item.template} epoch {item.epoch}" for item in made.groups)
     yield from (f"withheld {obj['kind']} {obj['metadata']['name']}" for obj in made.withheld)
     yield from (f"outdated {name}" for name in made.outdated)
 
@@ -108,30 +111,40 @@ def _shown(made: Rendered) -> Iterator[Object]:
     yield made.deny
     yield from made.isolation
     yield from (item.object for item in made.generated)
-    shown_templates = {
-        obj["metadata"]["labels"]["app.kubernetes.io/component"]: obj["spec"]["template"]
-        for obj in made.workloads
-        if obj["kind"] == "Deployment"
-    }
     for obj in (*made.configuration, *made.workloads):
         shown = dict(obj)
         for field in ("data", "stringData"):
             if field in shown:
-                shown[field] = {key: _readable(key, text, shown_templates) for key, text in shown[field].items()}
+                shown[field] = {key: _readable(key, text, made) for key, text in shown[field].items()}
         yield shown
 
 
-def _readable(key: str, text: str, shown: Mapping[str, Object]) -> Any:
+def _readable(key: str, text: str, made: Rendered) -> Any:
     if key == "seal":
         return "(HMAC of the above)"
     if key == "templates.json":
-        return {
-            name: {**pin, "template": "(as in its Deployment)"} if pin["template"] == shown.get(name) else pin
-            for name, pin in json.loads(text).items()
-        }
+        pins = json.loads(text)
+        return {name: {**pin, "template": _pinned(name, pin["template"], made)} for name, pin in pins.items()}
     if key.endswith(".json"):
         return json.loads(text)
     return f"(envoy/{key})"
+
+
+def _pinned(name: str, template: Object, made: Rendered) -> Any:
+    """A pinned template, or a note where it is shown already: a group's differ from it by what was filled in."""
+    role, member = name.partition("/")[0], int(name.endswith("/others"))
+    for group in made.groups:
+        if group.group.role == role:
+            shown = json.loads(json.dumps(group.workloads[member]["spec"]["template"]))
+            for label in (TEMPLATE_LABEL, EPOCH_LABEL):
+                del shown["metadata"]["labels"][label]
+            ranks = int(name.split("/")[1].partition("x")[2])
+            filled = vllm.fill(template, group.group.name, member, member * ranks)
+            return "(as in its StatefulSets)" if filled == shown else template
+    for obj in made.workloads:
+        if obj["metadata"]["labels"]["app.kubernetes.io/component"] == role and obj["spec"]["template"] == template:
+            return "(as in its Deployment)"
+    return template
 
 
 def _yaml(value: Any) -> str:

@@ -69,7 +69,7 @@ def test_objects_are_valid_and_pods_are_restricted(name: str) -> None:
     objects = [*made.objects(), *made.withheld, *(item.object for item in made.generated)]
     for obj in objects:
         validate_strict(obj)
-    templates = [obj["spec"]["template"] for obj in objects if obj["kind"] in {"Deployment", "Job"}]
+    templates = [obj["spec"]["template"] for obj in objects if obj["kind"] in {"Deployment", "StatefulSet", "Job"}]
     assert {finding for template in templates for finding in pod_security.violations(template)} == set()
     assert len(templates) >= 2
 

@@ -210,12 +210,30 @@ class Flags:
         allowed: those that a user may set.
         json: per flag with a JSON value: keys that it may have, nested ones with dots.
         short: short forms and their long names.
+        since: releases for which the operator sets an owned flag, where it was not always there.
     """
 
     owned: dict[str, str]
     allowed: dict[str, Setting]
     json: dict[str, dict[str, Setting]]
     short: dict[str, str]
+    since: dict[str, Range]
+
+
+@dataclass(frozen=True)
+class Connector:
+    """A KV connector. Columns: see ``data/connectors.toml``."""
+
+    name: str
+    roles: dict[str, str]
+    settled: dict[str, Any]
+    since: dict[str, Range]
+    extra: dict[str, str]
+
+    def settings(self, version: Version) -> dict[str, Any]:
+        """Further keys of ``--kv-transfer-config`` that this version knows."""
+        known = {key: value for key, value in self.settled.items() if version in self.since.get(key, Range())}
+        return known | ({"kv_connector_extra_config": self.extra} if self.extra else {})
 
 
 @dataclass(frozen=True)
@@ -299,7 +317,19 @@ def flags() -> Flags:
         allowed=_settings(table["allowed"]),
         json={name: _settings(keys) for name, keys in table["json"].items()},
         short=table["short"],
+        since=_since(table["since"]),
     )
+
+
+@functools.cache
+def connectors() -> dict[str, Connector]:
+    """The KV connectors that can be rendered, by their name in ``spec.disaggregation.connector``."""
+    rows = _read("connectors.toml")
+    return {name: Connector(**row | {"since": _since(row["since"])}) for name, row in rows.items()}
+
+
+def _since(column: dict[str, str]) -> dict[str, Range]:
+    return {name: Range(since=Version.parse(version)) for name, version in column.items()}
 
 
 @functools.cache

@@ -7,7 +7,7 @@ a later wave is applied when the earlier one is there: what isolates, what confi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
@@ -16,7 +16,8 @@ from securevllm.render import accepted as kept
 from securevllm.render import engine, envoy, fetch, gate, gateway, pods, policies
 from securevllm.render.meta import Object, Owner, stamp
 from securevllm.render.readback import versions_of
-from securevllm.topology import Role, Topology, plan
+from securevllm.render.vllm import Process
+from securevllm.topology import Topology, plan, sides
 
 if TYPE_CHECKING:
     from securevllm.api.parse import Accepted
@@ -52,6 +53,7 @@ class Observed:
         restart_at: value of the user's annotation.
         engine_key: the engines' API key; a new one restarts them, because they read it at their start.
         seal_key: key of the seal on what was accepted, and of everything that is derived from a secret.
+        groups: what is remembered of each group, by its name; kept as it is given, and the epochs are rendered.
     """
 
     client_keys: tuple[envoy.ClientKey, ...] = ()
@@ -60,6 +62,7 @@ class Observed:
     restart_at: str = ""
     engine_key: bytes = field(default=b"", repr=False)
     seal_key: bytes = field(default=b"", repr=False)
+    groups: Mapping[str, kept.GroupMemory] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,9 @@ class Rendered:
         isolation: wave 1, NetworkPolicies.
         generated: Secrets that are made once.
         configuration: wave 2.
-        workloads: wave 3.
+        workloads: wave 3, the StatefulSets of groups included.
+        groups: the same StatefulSets by group, so that each can be applied, restarted and removed as one; none that
+            is withheld.
         withheld: workloads that are not made yet, because their model is not there; what exists of them stays.
         outdated: workloads that a fresh rendering would change.
         gateway_files: Envoy file name to text, without keys.
@@ -87,6 +92,7 @@ class Rendered:
     generated: tuple[Generated, ...]
     configuration: tuple[Object, ...]
     workloads: tuple[Object, ...]
+    groups: tuple[engine.RenderedGroup, ...]
     withheld: tuple[Object, ...]
     outdated: tuple[str, ...]
     gateway_files: Mapping[str, str]
@@ -124,8 +130,8 @@ def render(owner: Owner, accepted: Accepted, context: Context, observed: Observe
     """
     spec = accepted.spec
     topology = plan(spec, context)
-    if topology.groups:
-        raise InternalError("groups of pods are not rendered yet")
+    if spec.disaggregation is not None:
+        raise InternalError("the router is not rendered yet")
     model = gateway.model(owner, spec, accepted.version, topology, context)
     files = envoy.envoy_files(model)
     keys_file = envoy.api_keys_file(observed.client_keys, observed.seal_key) if model.authentication else ""
@@ -133,33 +139,26 @@ def render(owner: Owner, accepted: Accepted, context: Context, observed: Observe
 
     job = fetch.job(owner, spec)
     waiting = job is not None and fetch.job_name(owner, spec) not in observed.fetched and not spec.suspend
-    running = observed.pins.get(engine.ROLE)
     settled = {
-        engine.ROLE: kept.settle(
-            engine.template(owner, spec, topology, context, started_with),
-            engine.inputs(accepted.raw, started_with, gate.inputs(accepted.raw, topology, Role.ENGINE, context)),
-            running,
-            spec.update_policy,
-        ),
         gateway.ROLE: kept.settle(
             gateway.template(owner, spec, context, model, files),
             gateway.inputs(accepted.raw),
             observed.pins.get(gateway.ROLE),
             spec.update_policy,
-        ),
+        )
     }
-    withheld = waiting and running is None
-    if waiting and running is not None:
-        # The old engines go on, and are cared for, until the new model is there.
-        settled[engine.ROLE] = kept.Settled(running, outdated=False)
-    engines = engine.deployment(owner, spec, settled[engine.ROLE].pin.template)
-    gateways = gateway.deployment(owner, spec, settled[gateway.ROLE].pin.template)
-    pins = {name: item.pin for name, item in settled.items() if not (withheld and name == engine.ROLE)}
-    memory = kept.Kept(accepted.raw, pins)
+    replicas = [
+        _replicas(Process(owner, accepted, context, topology, side), observed, started_with, waiting=waiting)
+        for side in sides(spec)
+    ]
+    for item in replicas:
+        settled |= item.settled
+    memory = kept.Kept(accepted.raw, {name: item.pin for name, item in settled.items()}, observed.groups)
 
     configuration = [
         kept.config_map(owner, memory, observed.seal_key),
         *(pods.service_account(owner, item.role.value) for item in topology.pods),
+        *(engine.group_service(owner, topology, group) for group in topology.groups),
         engine.service(owner, topology),
         gateway.service(owner, spec, topology),
         gateway.config_map(owner, files),
@@ -167,7 +166,8 @@ def render(owner: Owner, accepted: Accepted, context: Context, observed: Observe
         gateway.disruption_budget(owner, spec),
         fetch.claim(owner, spec),
     ]
-    workloads = [job, gateways, *([] if withheld else [engines])]
+    gateways = gateway.deployment(owner, spec, settled[gateway.ROLE].pin.template)
+    workloads = [job, gateways, *(obj for item in replicas for obj in item.workloads)]
     return Rendered(
         topology=topology,
         deny=stamp(policies.default_deny(owner.namespace)),
@@ -175,13 +175,58 @@ def render(owner: Owner, accepted: Accepted, context: Context, observed: Observe
         generated=tuple(generated(owner, accepted, context)),
         configuration=tuple(stamp(item) for item in configuration if item is not None),
         workloads=tuple(stamp(item) for item in workloads if item is not None),
-        withheld=(engines,) if withheld else (),
-        outdated=tuple(name for name, item in settled.items() if item.outdated),
+        groups=tuple(group for item in replicas for group in item.groups),
+        withheld=tuple(obj for item in replicas for obj in item.withheld),
+        outdated=tuple(dict.fromkeys(name.partition("/")[0] for name, item in settled.items() if item.outdated)),
         gateway_files=files,
         keys_file=keys_file,
         url=gateway.url(owner, spec, context),
-        selector=",".join(f"{key}={value}" for key, value in sorted(owner.selector(Role.ENGINE.value).items())),
+        selector=_selector(engine.heads(owner, topology)),
     )
+
+
+@dataclass(frozen=True)
+class _Replicas:
+    """The model replicas of one side; withheld ones have neither pins nor workloads."""
+
+    settled: Mapping[str, kept.Settled] = field(default_factory=dict)
+    workloads: tuple[Object, ...] = ()
+    groups: tuple[engine.RenderedGroup, ...] = ()
+    withheld: tuple[Object, ...] = ()
+
+
+def _replicas(process: Process, observed: Observed, started_with: engine.StartedWith, *, waiting: bool) -> _Replicas:
+    owner, spec, side = process.owner, process.spec, process.side
+    names, fresh = engine.pin_names(side), engine.templates(process, started_with)
+    running = [observed.pins[name] for name in names if name in observed.pins]
+    if not waiting:
+        gates = gate.inputs(process.accepted.raw, process.topology, side.role, process.context)
+        inputs = engine.inputs(process.accepted.raw, side, started_with, gates)
+        settled = {
+            name: kept.settle(template, inputs, observed.pins.get(name), spec.update_policy)
+            for name, template in zip(names, fresh, strict=True)
+        }
+    elif len(running) == len(names):
+        # The old engines go on, and are cared for, until the new model is there.
+        settled = {name: kept.Settled(pin, outdated=False) for name, pin in zip(names, running, strict=True)}
+    else:
+        settled = {}
+    templates = tuple(item.pin.template for item in settled.values()) or fresh
+    groups: tuple[engine.RenderedGroup, ...] = ()
+    if side.groups:
+        epochs = {name: memory.epoch for name, memory in observed.groups.items()}
+        groups = tuple(
+            replace(group, workloads=tuple(map(stamp, group.workloads)))
+            for group in engine.groups(process, templates, epochs)
+        )
+        workloads = tuple(obj for group in groups for obj in group.workloads)
+    else:
+        workloads = (engine.deployment(owner, spec, templates[0]),)
+    return _Replicas(settled, workloads, groups) if settled else _Replicas(withheld=workloads)
+
+
+def _selector(labels: Mapping[str, str]) -> str:
+    return ",".join(f"{key}={value}" for key, value in sorted(labels.items()))
 
 
 def generated(owner: Owner, accepted: Accepted, context: Context) -> Iterator[Generated]:

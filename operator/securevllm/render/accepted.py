@@ -1,4 +1,4 @@
-"""What was accepted last, kept in a ConfigMap: the spec, and the pod templates that it was rolled out with.
+"""What was accepted last, kept in a ConfigMap: the spec, the pod templates that it was rolled out with, and epochs.
 
 The spec outlives a bad edit and an operator restart (I6). The templates outlive an operator upgrade (I11): as long as
 what a template depends on is the same, the pinned one is applied again, and a newer rendering is only reported.
@@ -13,13 +13,13 @@ import hashlib
 import hmac
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from securevllm.render.meta import Object, Owner, digest
 
 SUFFIX = "accepted"
-_SPEC, _PINS, _SEAL = "spec.json", "templates.json", "seal"
+_SPEC, _PINS, _GROUPS, _SEAL = "spec.json", "templates.json", "groups.json", "seal"
 
 
 @dataclass(frozen=True)
@@ -31,11 +31,27 @@ class Pin:
 
 
 @dataclass(frozen=True)
+class GroupMemory:
+    """What is remembered of a group: a group that was half replaced must be known as such after a restart.
+
+    Attributes:
+        epoch: of the pods that belong together.
+        since: when the epoch began, RFC 3339.
+        restarts: epochs in a row that did not last, for the back-off.
+    """
+
+    epoch: int = 0
+    since: str = ""
+    restarts: int = 0
+
+
+@dataclass(frozen=True)
 class Kept:
-    """Content of the ConfigMap."""
+    """Content of the ConfigMap; a group without memory has never been restarted."""
 
     spec: dict[str, Any]
     pins: Mapping[str, Pin]
+    groups: Mapping[str, GroupMemory] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -57,19 +73,21 @@ def settle(fresh: Object, inputs: Any, pin: Pin | None, policy: Literal["WithSpe
 def config_map(owner: Owner, kept: Kept, seal_key: bytes) -> Object:
     """The ConfigMap ``<name>-accepted``."""
     pins = {name: {"inputs": pin.inputs, "template": pin.template} for name, pin in kept.pins.items()}
-    spec_text, pins_text = _text(kept.spec), _text(pins)
-    data = {_SPEC: spec_text, _PINS: pins_text, _SEAL: _seal(seal_key, owner.uid, spec_text, pins_text)}
+    data = {_SPEC: _text(kept.spec), _PINS: _text(pins)}
+    if kept.groups:
+        data[_GROUPS] = _text({name: asdict(memory) for name, memory in kept.groups.items()})
+    data[_SEAL] = _seal(seal_key, owner.uid, *_sealed(data))
     return owner.object("v1", "ConfigMap", SUFFIX, "operator", data=data)
 
 
 def read(owner: Owner, data: Mapping[str, str], seal_key: bytes) -> Kept | None:
     """Content that carries a valid seal; None otherwise: it is treated as lost, never as true."""
-    spec_text, pins_text = data.get(_SPEC, ""), data.get(_PINS, "")
-    expected = _seal(seal_key, owner.uid, spec_text, pins_text)
+    expected = _seal(seal_key, owner.uid, *_sealed(data))
     if not hmac.compare_digest(data.get(_SEAL, "").encode(), expected.encode()):  # text would have to be ASCII
         return None
-    pins = {name: Pin(pin["inputs"], pin["template"]) for name, pin in json.loads(pins_text).items()}
-    return Kept(json.loads(spec_text), pins)
+    pins = {name: Pin(pin["inputs"], pin["template"]) for name, pin in json.loads(data[_PINS]).items()}
+    groups = {name: GroupMemory(**memory) for name, memory in json.loads(data.get(_GROUPS, "{}")).items()}
+    return Kept(json.loads(data[_SPEC]), pins, groups)
 
 
 def fingerprint(seal_key: bytes, secret: bytes) -> str:
@@ -80,6 +98,11 @@ def fingerprint(seal_key: bytes, secret: bytes) -> str:
 def name(owner: Owner) -> str:
     """Name of the ConfigMap."""
     return owner.child(SUFFIX)
+
+
+def _sealed(data: Mapping[str, str]) -> list[str]:
+    """The parts under the seal; one that is taken away or added changes their number, and with it the seal."""
+    return [data.get(_SPEC, ""), data.get(_PINS, ""), *([data[_GROUPS]] if _GROUPS in data else [])]
 
 
 def _text(value: Any) -> str:

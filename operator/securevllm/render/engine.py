@@ -1,22 +1,35 @@
-"""The engines: vLLM's command line, environment and pod, for one pod per model replica."""
+"""The pods that run vLLM: the Deployment of single-pod replicas, the StatefulSets and the Service of each group.
+
+A group has one StatefulSet of one replica for each member, with everything rendered: the controller makes a lost pod
+again while the operator is down, and no pod works out who it is. ``OnDelete``: pods are replaced by group, by the edge.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from securevllm import catalogue
-from securevllm.api.guard import arguments as guarded
 from securevllm.api.units import seconds
-from securevllm.render import envoy, fetch, gate, pods
-from securevllm.render.meta import ENGINE_KEY_ANNOTATION, RESTART_ANNOTATION, Object, Owner
-from securevllm.topology import Role, Topology
+from securevllm.render import fetch, gate, pods, vllm
+from securevllm.render.meta import (
+    ENGINE_KEY_ANNOTATION,
+    EPOCH_LABEL,
+    GROUP_LABEL,
+    MEMBER_LABEL,
+    RESOURCE_LABEL,
+    RESTART_ANNOTATION,
+    TEMPLATE_LABEL,
+    Object,
+    Owner,
+    digest,
+)
+from securevllm.topology import Group, Role, Side, Topology
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from securevllm.api import types as api
-    from securevllm.context import Context
+    from securevllm.render.vllm import Process
 
 ROLE = Role.ENGINE.value
 
@@ -28,10 +41,6 @@ HEALTH_PATH = "/health"
 _PROBE_SECONDS = 10
 _ENDPOINT_SECONDS = 15
 """Time for the gateway to notice that a pod is going: DNS refresh plus the DNS server's cache."""
-
-_NOT_PROXIED = "localhost,127.0.0.1,::1,.svc,.local"
-_UNREACHABLE_DOMAIN = "none.invalid"
-"""vLLM reads an empty list of media domains as "any"; .invalid never resolves (RFC 6761)."""
 
 
 @dataclass(frozen=True)
@@ -47,23 +56,50 @@ class StartedWith:
     key: str
 
 
+@dataclass(frozen=True)
+class RenderedGroup:
+    """One model replica of several pods, or with a name of its own: applied, restarted and removed as one.
+
+    Attributes:
+        group: name and roles.
+        template: hash of the templates of all members, without the epoch; value of ``TEMPLATE_LABEL``.
+        epoch: value of ``EPOCH_LABEL``.
+        workloads: its StatefulSets, by member.
+    """
+
+    group: Group
+    template: str
+    epoch: int
+    workloads: tuple[Object, ...]
+
+
 def key_secret(owner: Owner) -> str:
     """Name of the Secret that holds the engines' own API key."""
     return owner.child(KEY_SECRET)
 
 
 def service(owner: Owner, topology: Topology) -> Object:
-    """Headless: the gateway sees each ready pod and balances itself."""
+    """Headless: the gateway sees each ready pod that has HTTP, and balances itself."""
     port = topology.socket(Role.ENGINE, "api").port
+    return _service(owner, ROLE, owner.selector(ROLE), port, unready=False)
+
+
+def group_service(owner: Owner, topology: Topology, group: Group) -> Object:
+    """Gives the pods of a group their names, also before they are ready: they need each other to become so."""
+    port = topology.socket(group.role, "api").port
+    return _service(owner, group.name, owner.group_selector(group.name), port, unready=True)
+
+
+def _service(owner: Owner, suffix: str, selector: dict[str, str], port: int, *, unready: bool) -> Object:
     return owner.object(
         "v1",
         "Service",
-        ROLE,
+        suffix,
         ROLE,
         spec={
             "clusterIP": "None",
-            "publishNotReadyAddresses": False,
-            "selector": owner.selector(ROLE),
+            "publishNotReadyAddresses": unready,
+            "selector": selector,
             "ports": [{"name": "http", "port": port, "targetPort": port, "protocol": "TCP"}],
         },
     )
@@ -88,31 +124,92 @@ def deployment(owner: Owner, spec: api.Spec, template: Object) -> Object:
     )
 
 
-def template(owner: Owner, spec: api.Spec, topology: Topology, context: Context, started_with: StartedWith) -> Object:
-    """The engine's pod template."""
+def groups(process: Process, templates: tuple[Object, ...], epochs: Mapping[str, int]) -> list[RenderedGroup]:
+    """The groups of one side.
+
+    Args:
+        process: of the side.
+        templates: of the head, and of the others if there are any; with the marks of ``vllm.fill``.
+        epochs: by name of the group; absent: 0.
+    """
+    side = process.side
+    hashed = digest([side.shape.pods, *templates])
+    rendered = []
+    for group in process.topology.groups:
+        if group.role is not side.role:
+            continue
+        epoch = epochs.get(group.name, 0)
+        pair = {TEMPLATE_LABEL: hashed, EPOCH_LABEL: str(epoch)}
+        workloads = tuple(
+            _stateful_set(process.owner, process.spec, group, member, _filled(side, group, member, templates, pair))
+            for member in range(side.shape.pods)
+        )
+        rendered.append(RenderedGroup(group, hashed, epoch, workloads))
+    return rendered
+
+
+def _filled(side: Side, group: Group, member: int, templates: tuple[Object, ...], pair: dict[str, str]) -> Object:
+    template: Object = vllm.fill(templates[min(member, 1)], group.name, member, member * side.shape.ranks)
+    metadata = template["metadata"]
+    return template | {"metadata": metadata | {"labels": metadata["labels"] | pair}}
+
+
+def _stateful_set(owner: Owner, spec: api.Spec, group: Group, member: int, template: Object) -> Object:
+    # At most 52 characters: the controller puts the name and a hash into a label. NAME_LIMIT sees to that.
+    return owner.object(
+        "apps/v1",
+        "StatefulSet",
+        f"{group.name}-{member}",
+        group.members[member].value,
+        spec={
+            "replicas": 0 if spec.suspend else 1,
+            "revisionHistoryLimit": 1,
+            "serviceName": owner.child(group.name),
+            "podManagementPolicy": "Parallel",
+            "updateStrategy": {"type": "OnDelete"},
+            "selector": {"matchLabels": owner.group_selector(group.name) | {MEMBER_LABEL: str(member)}},
+            "template": template,
+        },
+    )
+
+
+def heads(owner: Owner, topology: Topology) -> dict[str, str]:
+    """Labels that exactly one pod of each model replica has."""
+    if not topology.groups:
+        return owner.selector(ROLE)
+    return {RESOURCE_LABEL: owner.label, MEMBER_LABEL: "0"}
+
+
+def pin_names(side: Side) -> tuple[str, ...]:
+    """Names of the pinned templates. Those of another shape have other names: they do not fit these pods."""
+    if not side.groups:
+        return (side.role.value,)
+    shape = f"{side.role.value}/{side.shape.pods}x{side.shape.ranks}"
+    return (shape,) if side.shape.pods == 1 else (f"{shape}/head", f"{shape}/others")
+
+
+def templates(process: Process, started_with: StartedWith) -> tuple[Object, ...]:
+    """The pod templates of one side: of the head, and of the others if there are any."""
+    alone = process.side.shape.pods == 1
+    return tuple(template(replace(process, head=head), started_with) for head in ((True,) if alone else (True, False)))
+
+
+def template(process: Process, started_with: StartedWith) -> Object:
+    """A pod template; in a group, with the marks of ``vllm.fill``."""
+    owner, spec = process.owner, process.spec
     engine = spec.engine
-    port = topology.socket(Role.ENGINE, "api").port
     grace = seconds(engine.termination_grace_period)
-    health = {"httpGet": {"path": HEALTH_PATH, "port": port, "scheme": "HTTP"}}
     volume = fetch.volume(owner, spec)
     notes = {RESTART_ANNOTATION: started_with.restart_at, ENGINE_KEY_ANNOTATION: started_with.key}
     container: dict[str, Any] = {
         "name": "vllm",
         "image": spec.image,
         "command": ["vllm", "serve"],
-        "args": arguments(owner, spec, topology),
-        "env": environment(owner, spec),
-        "ports": [{"name": "http", "containerPort": port, "protocol": "TCP"}],
-        "resources": resources(spec),
+        "args": vllm.arguments(process),
+        "env": vllm.environment(process, pods.secret_env("VLLM_API_KEY", key_secret(owner), KEY)),
+        "resources": resources(spec, process.side),
         "securityContext": pods.CONTAINER_SECURITY,
-        "startupProbe": {
-            **health,
-            "periodSeconds": _PROBE_SECONDS,
-            "timeoutSeconds": 5,
-            "failureThreshold": max(1, seconds(engine.startup_timeout) // _PROBE_SECONDS),
-        },
-        "readinessProbe": {**health, "periodSeconds": 5, "timeoutSeconds": 5, "failureThreshold": 3},
-        "livenessProbe": {**health, "periodSeconds": 15, "timeoutSeconds": 10, "failureThreshold": 4},
+        **({} if process.headless else _http(process)),
         # Requests still come for a moment after the endpoint is gone; vLLM refuses them once it has its signal.
         "lifecycle": {"preStop": {"sleep": {"seconds": min(_ENDPOINT_SECONDS, max(1, grace // 2))}}},
         "volumeMounts": [
@@ -123,7 +220,7 @@ def template(owner: Owner, spec: api.Spec, topology: Topology, context: Context,
             *map(_mount, engine.volumes),
         ],
     }
-    held_back = gate.init_containers(spec, topology, Role.ENGINE, context, image=spec.image)
+    held_back = gate.init_containers(spec, process.topology, process.role, process.context, image=spec.image)
     pod: dict[str, Any] = {
         "terminationGracePeriodSeconds": grace,
         **({"initContainers": held_back} if held_back else {}),
@@ -137,89 +234,33 @@ def template(owner: Owner, spec: api.Spec, topology: Topology, context: Context,
         ],
         **pods.placement(spec),
     }
+    place = {GROUP_LABEL: vllm.GROUP, MEMBER_LABEL: vllm.MEMBER} if process.side.groups else {}
     return pods.template(
         owner,
-        ROLE,
+        process.role.value,
         user=pods.VLLM_USER,
         group=pods.VLLM_GROUP,
         pod=pod,
-        labels=engine.labels,
+        labels=engine.labels | place,
         annotations=engine.annotations | {name: value for name, value in notes.items() if value},
     )
 
 
-def arguments(owner: Owner, spec: api.Spec, topology: Topology) -> list[str]:
-    """VLLM's arguments: the model first, the user's flags, then the operator's: on a repeat the last one wins."""
-    domains = spec.security.media.allowed_domains or (_UNREACHABLE_DOMAIN,)
-    return [
-        fetch.path(owner, spec) or spec.model.name,
-        *guarded.canonical(spec.engine.args),
-        f"--served-model-name={spec.model.served_name or spec.model.name}",
-        "--host=$(POD_IP)",
-        f"--port={topology.socket(Role.ENGINE, 'api').port}",
-        f"--tensor-parallel-size={spec.parallelism.tensor}",
-        f"--pipeline-parallel-size={spec.parallelism.pipeline}",
-        # A list ends only at the next flag, so one of ours follows it.
-        "--allowed-media-domains",
-        *domains,
-        "--disable-fastapi-docs",
-    ]
-
-
-def environment(owner: Owner, spec: api.Spec) -> list[dict[str, Any]]:
-    """The container's variables; ours come last, and the guard refused their names."""
-    fixed = catalogue.environment().fixed | {
-        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(envoy.ENGINE_KEEP_ALIVE_SECONDS),
-        **_media(spec.security.media),
-        **_proxy(spec),
-        "HOME": pods.HOME,
-        "USER": "vllm",
-        "LOGNAME": "vllm",
-        "XDG_CACHE_HOME": f"{pods.HOME}/.cache",
-        "XDG_CONFIG_HOME": f"{pods.HOME}/.config",
-        "HF_HOME": f"{pods.HOME}/.cache/huggingface",
-        "VLLM_CACHE_ROOT": f"{pods.HOME}/.cache/vllm",
-        "TRITON_CACHE_DIR": f"{pods.HOME}/.cache/triton",
-        "TORCHINDUCTOR_CACHE_DIR": f"{pods.HOME}/.cache/torchinductor",
-        "FLASHINFER_WORKSPACE_BASE": f"{pods.HOME}/.cache/flashinfer",
-        "CUDA_CACHE_PATH": f"{pods.HOME}/.cache/nv",
-        # Only the interface that policies govern.
-        "GLOO_SOCKET_IFNAME": "eth0",
-        "NCCL_SOCKET_IFNAME": "eth0",
+def _http(process: Process) -> dict[str, Any]:
+    """Port and probes. A pod without HTTP has neither: its process ends when a peer is lost, and with it the pod."""
+    port = process.port("api")
+    health = {"httpGet": {"path": HEALTH_PATH, "port": port, "scheme": "HTTP"}}
+    return {
+        "ports": [{"name": "http", "containerPort": port, "protocol": "TCP"}],
+        "startupProbe": {
+            **health,
+            "periodSeconds": _PROBE_SECONDS,
+            "timeoutSeconds": 5,
+            "failureThreshold": max(1, seconds(process.spec.engine.startup_timeout) // _PROBE_SECONDS),
+        },
+        "readinessProbe": {**health, "periodSeconds": 5, "timeoutSeconds": 5, "failureThreshold": 3},
+        "livenessProbe": {**health, "periodSeconds": 15, "timeoutSeconds": 10, "failureThreshold": 4},
     }
-    return [
-        pods.field_env("POD_IP", "status.podIP"),
-        # Unset, vLLM dials 8.8.8.8 to find its address and falls back to 0.0.0.0.
-        pods.field_env("VLLM_HOST_IP", "status.podIP"),
-        pods.secret_env("VLLM_API_KEY", key_secret(owner), KEY),
-        *(variable.model_dump(mode="json", by_alias=True, exclude_none=True) for variable in spec.engine.env),
-        *({"name": name, "value": value} for name, value in sorted(fixed.items())),
-    ]
-
-
-def _media(media: api.Media) -> dict[str, str]:
-    """What the spec sets of the limits of media; the others are those of the catalogue."""
-    limits = {
-        "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": media.max_download_megabytes,
-        "VLLM_MAX_MEDIA_REQUEST_DOWNLOAD_SIZE_MB": media.max_request_download_megabytes,
-        "VLLM_MAX_IMAGE_PIXELS": media.max_image_pixels,
-    }
-    redirects = {"VLLM_MEDIA_URL_ALLOW_REDIRECTS": "1" if media.allow_redirects else "0"}
-    return redirects | {name: str(limit) for name, limit in limits.items() if limit is not None}
-
-
-def proxy(spec: api.Spec) -> str | None:
-    """The HTTP proxy that the spec declares."""
-    return next((entry.proxy for entry in spec.security.egress if entry.proxy is not None), None)
-
-
-def _proxy(spec: api.Spec) -> dict[str, str]:
-    """Both spellings: libraries differ in which one they read. Nothing within the pod and the cluster goes through."""
-    url = proxy(spec)
-    if url is None:
-        return {}
-    names = {"HTTP_PROXY": url, "HTTPS_PROXY": url, "NO_PROXY": _NOT_PROXIED}
-    return names | {name.lower(): value for name, value in names.items()}
 
 
 _VOLUME_PREFIX = "user-"
@@ -248,11 +289,10 @@ def _volume(volume: api.EngineVolume) -> dict[str, Any]:
     return {"name": f"{_VOLUME_PREFIX}{volume.name}", **source}
 
 
-def resources(spec: api.Spec) -> dict[str, Any]:
+def resources(spec: api.Spec, side: Side) -> dict[str, Any]:
     """What the spec says, or the GPUs of the parallelism."""
     if spec.engine.resources is None:
-        world = str(spec.parallelism.tensor * spec.parallelism.pipeline)
-        return {"limits": {"nvidia.com/gpu": world}}
+        return {"limits": {"nvidia.com/gpu": str(side.shape.gpus)}}
     return quantities(spec.engine.resources)
 
 
@@ -262,18 +302,21 @@ def quantities(block: api.Resources) -> dict[str, Any]:
     return {part: {name: str(value) for name, value in amounts.items()} for part, amounts in parts.items() if amounts}
 
 
-def inputs(raw: Mapping[str, Any], started_with: StartedWith, gates: Mapping[str, Any]) -> Any:
+def inputs(raw: Mapping[str, Any], side: Side, started_with: StartedWith, gates: Mapping[str, Any]) -> Any:
     """What the template depends on: a change here rolls the pods, an operator upgrade does not.
 
     Args:
         raw: ``spec`` as the user wrote it: a default that a later release changes is not a change of the spec.
+        side: whose template; how many replicas it has does not count.
         started_with: what a running engine cannot take in.
         gates: what the gate depends on.
     """
     chosen = ("model", "image", "imagePullSecrets", "parallelism", "ports", "engine")
-    security = raw.get("security", {})
+    security, split = raw.get("security", {}), raw.get("disaggregation", {})
     proxies = [entry["proxy"] for entry in security.get("egress", ()) if "proxy" in entry]
     return {
+        "side": {"connector": split.get("connector"), "parallelism": split.get(side.role.value, {}).get("parallelism")},
+        "kvEvents": "kvEvents" in security,
         "spec": {name: raw[name] for name in chosen if name in raw},
         "media": security.get("media", {}),
         **({"proxy": proxies} if proxies else {}),

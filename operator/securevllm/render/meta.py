@@ -19,6 +19,9 @@ ROLE_LABEL = f"{api.GROUP}/role"
 GROUP_LABEL = f"{api.GROUP}/group"
 """On the pods of a group only: the pods of a Deployment are as many worlds."""
 
+MEMBER_LABEL = f"{api.GROUP}/member"
+"""On the pods of a group: number of the pod in it. 0 is the head: one for each model replica."""
+
 EPOCH_LABEL = f"{api.GROUP}/epoch"
 TEMPLATE_LABEL = f"{api.GROUP}/template"
 """Both on the pods of a group: a group is whole when all its pods carry the same pair."""

@@ -28,9 +28,11 @@ from securevllm.topology.plan import (
     GATEWAY_HTTP,
     GATEWAY_HTTPS,
     GATEWAY_OPS,
+    Side,
     fetch_source,
     hub_port,
     plan,
+    sides,
 )
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "Pods",
     "PortRule",
     "Role",
+    "Side",
     "Socket",
     "Topology",
     "every_port",
@@ -61,4 +64,5 @@ __all__ = [
     "plan",
     "public_part",
     "selector",
+    "sides",
 ]

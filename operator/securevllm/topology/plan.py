@@ -44,15 +44,15 @@ ROUTER_HTTP = 8090
 
 
 @dataclass(frozen=True)
-class _Side:
+class Side:
     """Model replicas of one kind: engines, or the prefill or decode side.
 
     Attributes:
         role: of the pods that have HTTP.
         letter: first letter of the groups' names.
         replicas: how many.
+        parallelism: as the spec says it.
         shape: of each.
-        data: whether each is split into data-parallel ranks: then every pod schedules, otherwise the head.
         whens: which rows of the socket catalogue apply.
         groups: whether the pods have names of their own; otherwise they are a Deployment.
     """
@@ -60,10 +60,15 @@ class _Side:
     role: Role
     letter: str
     replicas: int
+    parallelism: api.Parallelism
     shape: Shape
-    data: bool
     whens: frozenset[str]
     groups: bool
+
+    @property
+    def data(self) -> bool:
+        """Whether each is split into data-parallel ranks: then every pod schedules, otherwise the head."""
+        return self.parallelism.data is not None
 
     def members(self) -> tuple[Role, ...]:
         """Role of each pod of one replica."""
@@ -71,7 +76,7 @@ class _Side:
         return tuple(worker if self.shape.headless(member) else self.role for member in range(self.shape.pods))
 
 
-def _side(spec: api.Spec, role: Role, letter: str, replicas: int, parallelism: api.Parallelism) -> _Side:
+def _side(spec: api.Spec, role: Role, letter: str, replicas: int, parallelism: api.Parallelism) -> Side:
     formed = shape(parallelism)
     data = parallelism.data is not None
     connector = spec.disaggregation.connector if spec.disaggregation is not None else None
@@ -84,10 +89,11 @@ def _side(spec: api.Spec, role: Role, letter: str, replicas: int, parallelism: a
         connector or "": connector is not None,
     }
     whens = frozenset(name for name, holds in found.items() if holds)
-    return _Side(role, letter, replicas, formed, data, whens, groups=formed.pods > 1 or connector is not None)
+    return Side(role, letter, replicas, parallelism, formed, whens, groups=formed.pods > 1 or connector is not None)
 
 
-def _sides(spec: api.Spec) -> tuple[_Side, ...]:
+def sides(spec: api.Spec) -> tuple[Side, ...]:
+    """The kinds of model replicas: engines, or prefill and decode."""
     if spec.disaggregation is None:
         return (_side(spec, Role.ENGINE, "e", spec.replicas, spec.parallelism),)
     prefill, decode = spec.disaggregation.prefill, spec.disaggregation.decode
@@ -104,14 +110,14 @@ def plan(spec: api.Spec, context: Context) -> Topology:
         spec: as ``api.parse`` returned it.
         context: the cluster.
     """
-    sides = _sides(spec)
-    groups = tuple(_groups(sides))
+    found = sides(spec)
+    groups = tuple(_groups(found))
     hub = fetch_source(spec)
-    pods = tuple(_pods(spec, sides))
+    pods = tuple(_pods(spec, found))
     roles = {item.role for item in pods}
     gateway = _gateway_sockets(spec)
     router = Socket(Role.ROUTER, "api", ROUTER_HTTP, "TCP", "requests, to be split into prefill and decode", "--port")
-    vllm = [socket for side in sides for socket in _vllm_sockets(spec, side)]
+    vllm = [socket for side in found for socket in _vllm_sockets(spec, side)]
     sockets = (*gateway, *([router] if Role.ROUTER in roles else []), *vllm)
 
     flows: list[Flow] = [*_gateway_flows(spec, gateway, context)]
@@ -121,7 +127,7 @@ def plan(spec: api.Spec, context: Context) -> Topology:
         flows += [Internal(Role.ROUTER, socket, "a request, after the gateway let it pass") for socket in apis]
         bootstraps = (socket for socket in vllm if socket.name == "mooncake-bootstrap")
         flows += [Internal(Role.ROUTER, socket, "asks which ranks prefill has") for socket in bootstraps]
-        flows += _exchange(sides)
+        flows += _exchange(found)
     else:
         flows += [Internal(Role.GATEWAY, socket, "requests that passed the allowlist") for socket in apis]
     why = "one model replica: torch.distributed, Gloo, NCCL and ZMQ draw random ports"
@@ -140,13 +146,13 @@ def plan(spec: api.Spec, context: Context) -> Topology:
     )
 
 
-def _groups(sides: Iterable[_Side]) -> Iterator[Group]:
+def _groups(sides: Iterable[Side]) -> Iterator[Group]:
     for side in sides:
         if side.groups:
             yield from (Group(f"{side.letter}{number}", side.members()) for number in range(side.replicas))
 
 
-def _pods(spec: api.Spec, sides: Iterable[_Side]) -> Iterator[Pods]:
+def _pods(spec: api.Spec, sides: Iterable[Side]) -> Iterator[Pods]:
     """Every role that exists, with the number of its pods; a suspended resource keeps its roles."""
     alive = 0 if spec.suspend else 1
     yield Pods(Role.GATEWAY, alive * spec.gateway.replicas)
@@ -192,7 +198,7 @@ _PURPOSES = {
 }
 
 
-def _vllm_sockets(spec: api.Spec, side: _Side) -> Iterator[Socket]:
+def _vllm_sockets(spec: api.Spec, side: Side) -> Iterator[Socket]:
     """The rows of the catalogue that this side opens, on the roles that open them."""
     roles = tuple(dict.fromkeys(side.members()))
     for row in catalogue.sockets().values():
@@ -212,7 +218,7 @@ def _vllm_sockets(spec: api.Spec, side: _Side) -> Iterator[Socket]:
             yield Socket(role, row.name, port, row.protocol, purpose, row.knob, last)
 
 
-def _exchange(sides: tuple[_Side, ...]) -> Iterator[Flow]:
+def _exchange(sides: tuple[Side, ...]) -> Iterator[Flow]:
     """KV transfer: every rank of prefill and every rank of decode, both ways, on random ports."""
     here, there = (tuple(dict.fromkeys(side.members())) for side in sides)
     why = "KV transfer"
