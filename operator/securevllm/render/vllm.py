@@ -233,14 +233,9 @@ def _media(media: api.Media) -> dict[str, str]:
     return redirects | {name: str(limit) for name, limit in limits.items() if limit is not None}
 
 
-def proxy(spec: api.Spec) -> str | None:
-    """The HTTP proxy that the spec declares."""
-    return next((entry.proxy for entry in spec.security.egress if entry.proxy is not None), None)
-
-
 def _proxy(spec: api.Spec) -> dict[str, str]:
     """Both spellings: libraries differ in which one they read. Nothing within the pod and the cluster goes through."""
-    url = proxy(spec)
+    url = next((entry.proxy for entry in spec.security.egress if entry.proxy is not None), None)
     if url is None:
         return {}
     names = {"HTTP_PROXY": url, "HTTPS_PROXY": url, "NO_PROXY": _NOT_PROXIED}
