@@ -75,11 +75,11 @@ def generated() -> dict[Path, str]:
 
 def _files() -> dict[str, str]:
     rbac = {(obj["kind"], obj["metadata"]["name"]): obj for obj in _documents(MANIFESTS / "rbac")}
-    lease = next(obj for obj in _documents(MANIFESTS / "base") if obj["kind"] == "Role")
     files = {
         "crd.yaml": (ROOT / "crds" / "securevllm.io_securevllmdeployments.yaml").read_text(encoding="utf-8"),
         "rules.yaml": _dump({"rules": rbac["ClusterRole", "secure-vllm-operator"]["rules"]}),
-        "lease-rules.yaml": _dump({"rules": lease["rules"]}),
+        "prometheus-rule.yaml": (MANIFESTS / "monitoring" / "prometheus-rule.yaml").read_text(encoding="utf-8"),
+        "dashboard.json": (MANIFESTS / "monitoring" / "dashboard.json").read_text(encoding="utf-8"),
         "admission-policies.yaml": (MANIFESTS / "admission" / "policies.yaml").read_text(encoding="utf-8"),
     }
     for role in ("view", "edit"):

@@ -12,6 +12,8 @@ from securevllm.api import bounds as platform
 from securevllm.context import Context
 from securevllm.errors import OperatorError
 
+LEASE = "secure-vllm-operator"
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -22,7 +24,6 @@ class Settings:
         identity: of this process, unique among the candidates for the Lease; in a cluster the pod's name.
         watch_namespace: one-namespace mode; None: all namespaces.
         kubeconfig: None: the pod's service account.
-        lease: name of the Lease.
         workers: resources that are reconciled side by side.
         http_host: address of health and metrics.
         http_port: port of health and metrics.
@@ -38,7 +39,6 @@ class Settings:
     identity: str
     watch_namespace: str | None = None
     kubeconfig: Path | None = None
-    lease: str = "secure-vllm-operator"
     workers: int = 8
     http_host: str = "0.0.0.0"  # noqa: S104 - probes come from the node; the operator's own NetworkPolicy limits it
     http_port: int = 8080
@@ -48,6 +48,11 @@ class Settings:
     resync_seconds: float = 600.0
     context: Context = field(default_factory=Context)
     bounds: platform.PlatformBounds = field(default_factory=platform.PlatformBounds)
+
+    @property
+    def lease(self) -> str:
+        """Name of the Lease; it carries the scope, so that operators of two scopes do not stand by for each other."""
+        return LEASE if self.watch_namespace is None else f"{LEASE}-{self.watch_namespace}"
 
 
 class _Strict(yaml.SafeLoader):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from securevllm.settings import Settings
 from tests.chart.programs import MANIFESTS, Helm, Object, by_key, kustomize, without_labels
 
 HELM_ONLY = ("helm.sh/chart", "helm.sh/resource-policy", "app.kubernetes.io/managed-by", "app.kubernetes.io/version")
@@ -41,6 +42,15 @@ VARIANTS = {
     "cluster-wide": ("install", (), ["admission.enabled=false"]),
     "one namespace": ("install-namespaced", (), ["admission.enabled=false", "watchNamespace=llm"]),
     "with admission": ("install", ("admission",), []),
+    "with everything": (
+        "install",
+        ("admission", "monitoring"),
+        [
+            "monitoring.serviceMonitor.enabled=true",
+            "monitoring.prometheusRule.enabled=true",
+            "monitoring.dashboard.enabled=true",
+        ],
+    ),
 }
 
 
@@ -54,3 +64,12 @@ def test_kustomize_and_helm_make_the_same_objects(helm: Helm, tmp_path: Path, va
     assert sorted(built) == sorted(charted)
     for name, obj in built.items():
         assert charted[name] == obj, name
+
+
+@pytest.mark.parametrize(("variant", "namespace"), [("install", None), ("install-namespaced", "llm")])
+def test_the_lease_is_the_one_that_is_held(variant: str, namespace: str | None) -> None:
+    built = by_key(kustomize(MANIFESTS / variant))
+    name = Settings(namespace="", identity="", watch_namespace=namespace).lease
+    assert ("Lease", "secure-vllm-operator", name) in built
+    rules = built["Role", "secure-vllm-operator", "secure-vllm-operator-lease"]["rules"]
+    assert rules[1]["resourceNames"] == [name]

@@ -29,6 +29,7 @@ REFUSED = {
     "admission.podMakers[0]=it's": "/admission/podMakers/0",
     "admission.podMakers[0]=x' || true || '": "/admission/podMakers/0",
     "admission.allowEphemeralContainers=sometimes": "/admission/allowEphemeralContainers",
+    "monitoring.serviceMonitor.interval=often": "/monitoring/serviceMonitor/interval",
     "extraEnv[0].value=x": "/extraEnv/0",
     "podDisruptionBudget.minAvailable=1": "/podDisruptionBudget",
 }

@@ -44,6 +44,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 {{- end -}}
 {{- end -}}
 
+{{/* The name carries the scope, as the operator computes it (settings.py). */}}
+{{- define "svllm.lease" -}}
+secure-vllm-operator{{ with .Values.watchNamespace }}-{{ . }}{{ end }}
+{{- end -}}
+
 {{- define "svllm.user" -}}
 {{- printf "system:serviceaccount:%s:%s" .Release.Namespace (include "svllm.service-account" .) -}}
 {{- end -}}

@@ -1,0 +1,262 @@
+"""The chart by the real helm on a real API server: every combination of values, and a life from install to uninstall.
+
+The operator of a release is a process of this machine with the rights that the release gives it; its pods, and those of
+engines, run on a hollow node, which counts them as ready.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from time import sleep
+from typing import Any
+
+import pytest
+import yaml
+
+from e2e.cluster import Cluster, running
+from e2e.cluster.errors import ClusterError
+from e2e.cluster.hollow import hollow_node
+from e2e.helm import find_or_install
+from securevllm.api import kinds
+from securevllm.api.kinds import Ref
+from tests.api.audit import Audit, now
+from tests.api.kube import Kube, eventually
+from tests.api.operator_process import USER, OperatorProcess, new_namespace, resource
+from tests.chart.programs import CHART, KUBECTL, MANIFESTS, NAME, Helm, HelmError
+
+pytestmark = pytest.mark.cluster
+
+CASES = sorted((Path(__file__).parents[1] / "chart" / "cases").glob("*.yaml"))
+RESOURCES = 20
+STRANGERS = {
+    "monitoring.coreos.com/v1": {
+        "ServiceMonitor": "servicemonitors",
+        "PodMonitor": "podmonitors",
+        "PrometheusRule": "prometheusrules",
+    },
+    "cilium.io/v2": {"CiliumNetworkPolicy": "ciliumnetworkpolicies"},
+}
+"""Kinds of other projects: the cluster gets definitions that take anything, so their fields are not checked here."""
+
+
+@pytest.fixture(scope="module")
+def helm() -> Helm:
+    try:
+        return Helm(find_or_install())
+    except ClusterError as error:
+        pytest.skip(f"no helm 4: {error}")
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Cluster]:
+    # One of its own: the chart's objects belong to the whole cluster.
+    with running() as own:
+        yield own
+
+
+@pytest.fixture(scope="module")
+def kube(cluster: Cluster) -> Iterator[Kube]:
+    with closing(Kube(cluster.kubeconfig)) as client:
+        for api_version, found in STRANGERS.items():
+            group, _, version = api_version.partition("/")
+            for kind, plural in found.items():
+                define(client, group, version, kind, plural)
+        yield client
+
+
+def define(kube: Kube, group: str, version: str, kind: str, plural: str) -> None:
+    schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
+    body = {
+        "apiVersion": "apiextensions.k8s.io/v1",
+        "kind": "CustomResourceDefinition",
+        "metadata": {"name": f"{plural}.{group}"},
+        "spec": {
+            "group": group,
+            "scope": "Namespaced",
+            "names": {"kind": kind, "plural": plural},
+            "versions": [{"name": version, "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}],
+        },
+    }
+    kube.request("POST", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", body)
+    eventually(lambda: kube.request("GET", f"/apis/{group}/{version}/{plural}"), 30)
+
+
+def kubectl(cluster: Cluster, *arguments: str, stdin: str | None = None) -> str:
+    command = [str(KUBECTL), "--kubeconfig", str(cluster.kubeconfig), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, input=stdin)  # noqa: S603 - fixed
+    assert done.returncode == 0, done.stderr
+    assert "Warning" not in done.stderr, done.stderr
+    return done.stdout
+
+
+@contextmanager
+def namespaces(kube: Kube, *names: str) -> Iterator[None]:
+    for name in names:
+        kube.create({"apiVersion": "v1", "kind": "Namespace", "metadata": {"name": name}})
+    try:
+        yield
+    finally:
+        for name in names:
+            kube.delete(Ref(kinds.NAMESPACE, None, name))
+
+
+# -------------------------------------------------------------------------------------------------------- every value
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda path: path.stem)
+def test_the_api_server_takes_every_combination(cluster: Cluster, kube: Kube, helm: Helm, case: Path) -> None:
+    with new_namespace(kube, "chart") as namespace:
+        objects = helm.template("--values", str(case), "--set", "watchNamespace=", namespace=namespace)
+        printed = kubectl(
+            cluster,
+            *("apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-", "-o", "name"),
+            stdin=yaml.safe_dump_all(objects),
+        )
+        assert len(printed.splitlines()) == len(objects)
+
+
+# ----------------------------------------------------------------------------------------------------------- one life
+
+
+@pytest.fixture(scope="module")
+def previous(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The chart as a release before could have been: another version, and a field fewer in the definition."""
+    folder = tmp_path_factory.mktemp("previous") / "secure-vllm-operator"
+    shutil.copytree(CHART, folder)
+    about = folder / "Chart.yaml"
+    text = about.read_text(encoding="utf-8")
+    assert text.count("ersion: 0.1.0") == 2
+    about.write_text(text.replace("ersion: 0.1.0", "ersion: 0.0.9"), encoding="utf-8")
+    definition = folder / "files" / "crd.yaml"
+    crd = yaml.safe_load(definition.read_text(encoding="utf-8"))
+    del schema(crd)["properties"]["updatePolicy"]
+    definition.write_text(yaml.safe_dump(crd), encoding="utf-8")
+    return folder
+
+
+def schema(crd: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
+    return found
+
+
+def definition(kube: Kube) -> dict[str, Any]:
+    name = "securevllmdeployments.securevllm.io"
+    return kube.request("GET", f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{name}")
+
+
+def there(cluster: Cluster, objects: list[dict[str, Any]]) -> set[str]:
+    """Which of these objects exist."""
+    arguments = ["get", "--ignore-not-found", "-o", "name", "-f", "-"]
+    return set(kubectl(cluster, *arguments, stdin=yaml.safe_dump_all(objects)).splitlines())
+
+
+def pods(kube: Kube, namespace: str) -> dict[str, str]:
+    """Pods of ours by uid, that are not on their way out."""
+    found = [item["metadata"] for item in kube.list(kinds.POD, namespace, "securevllm.io/resource")]
+    return {metadata["uid"]: metadata["name"] for metadata in found if "deletionTimestamp" not in metadata}
+
+
+@pytest.mark.slow
+def test_install_upgrade_rollback_uninstall_with_resources_that_run(
+    cluster: Cluster, kube: Kube, helm: Helm, previous: Path, tmp_path: Path
+) -> None:
+    def run(*arguments: str) -> str:
+        return helm(*arguments, "--namespace", NAME, kubeconfig=cluster.kubeconfig)
+
+    def operator(term: str) -> OperatorProcess:
+        # The rights and the service account are those that the release made.
+        return OperatorProcess(cluster, kube, tmp_path / term, identity=term)
+
+    wait = ["--wait", "--timeout", "120s"]
+    with namespaces(kube, "llm"), hollow_node(cluster):
+        notes = run("install", NAME, str(previous), "--create-namespace", *wait)
+        assert "The next three commands" in notes
+        assert "WARNING" not in notes
+        assert "updatePolicy" not in schema(definition(kube))["properties"]
+
+        with operator("first") as first:
+            for index in range(RESOURCES):
+                kube.create(resource("llm", f"model-{index}", engine={"terminationGracePeriod": "2s"}))
+            eventually(lambda: len(pods(kube, "llm")) >= 2 * RESOURCES, 120, pause=0.5)
+            eventually(lambda: engines_ready(kube) == RESOURCES, 120, pause=0.5)
+            before = pods(kube, "llm")
+            assert first.stop() == 0
+
+        since = now()
+        run("upgrade", NAME, str(CHART), *wait)
+        assert "updatePolicy" in schema(definition(kube))["properties"]
+        with operator("second") as second:
+            settle(cluster, since)
+            assert pods(kube, "llm") == before
+            assert second.stop() == 0
+
+        run("rollback", NAME, "1", *wait)
+        assert "updatePolicy" not in schema(definition(kube))["properties"]
+        with operator("third") as third:
+            settle(cluster, since)
+            assert pods(kube, "llm") == before
+            assert third.stop() == 0
+
+        # The definition is kept, and with it what runs.
+        objects = helm.template()
+        assert len(there(cluster, objects)) == len(objects)
+        run("uninstall", NAME, *wait)
+        kept = eventually(lambda: (left := there(cluster, objects)) and len(left) == 1 and left, 60)
+        assert kept == {"customresourcedefinition.apiextensions.k8s.io/securevllmdeployments.securevllm.io"}
+        assert pods(kube, "llm") == before
+        assert len(kube.list(kinds.SECURE_VLLM_DEPLOYMENT, "llm")) == RESOURCES
+
+        # The same release takes the definition up again, and without `keep` everything goes with it.
+        run("install", NAME, str(CHART), "--set", "crds.keep=false", *wait)
+        assert pods(kube, "llm") == before
+        run("uninstall", NAME, *wait)
+        eventually(lambda: there(cluster, objects) == set(), 60)
+        eventually(lambda: pods(kube, "llm") == {}, 300, pause=0.5)
+
+
+def engines_ready(kube: Kube) -> int:
+    found = kube.list(kinds.SECURE_VLLM_DEPLOYMENT, "llm")
+    conditions = [item for obj in found for item in obj.get("status", {}).get("conditions", ())]
+    return sum(item["type"] == "EnginesReady" and item["status"] == "True" for item in conditions)
+
+
+def settle(cluster: Cluster, since: str) -> None:
+    """Let a new leader look at everything: it lists all, reconciles all, and then writes nothing for a while."""
+
+    def quiet() -> bool:
+        before = len(Audit(cluster).writes(since, user=USER))
+        sleep(3)
+        return len(Audit(cluster).writes(since, user=USER)) == before
+
+    eventually(quiet, 60)
+
+
+# ------------------------------------------------------------------------------------------------------- wrong turns
+
+
+def test_a_second_release_and_somebody_else_s_definition_are_refused(cluster: Cluster, kube: Kube, helm: Helm) -> None:
+    def install(release: str, namespace: str, *options: str) -> str:
+        return helm(
+            *("install", release, str(CHART), "--namespace", namespace, "--create-namespace", *options),
+            kubeconfig=cluster.kubeconfig,
+        )
+
+    kubectl(cluster, "apply", "--server-side", "-k", str(MANIFESTS.parent / "crds"))
+    with pytest.raises(HelmError, match="securevllmdeployments"):
+        install("one", "one")
+    install("one", "one", "--set", "crds.enabled=false")
+    # The same name again, and another name with the same cluster-wide objects.
+    with pytest.raises(HelmError, match=r"cannot re-use a name that is still in use|cannot reuse a name"):
+        install("one", "one", "--set", "crds.enabled=false")
+    with pytest.raises(HelmError, match=r"invalid ownership metadata|exists and cannot be imported"):
+        install("one", "two", "--set", "crds.enabled=false")
+    helm("uninstall", "one", "--namespace", "one", kubeconfig=cluster.kubeconfig)
+    objects = helm.template("--set", "crds.enabled=false", release="one", namespace="one")
+    assert there(cluster, objects) == set()
+    kubectl(cluster, "delete", "-k", str(MANIFESTS.parent / "crds"))
+    for name in ("one", "two", NAME):
+        kube.delete(Ref(kinds.NAMESPACE, None, name))
