@@ -334,6 +334,127 @@ def explain(filename: TextIO, namespace: str, output: str, bounds_file: Path | N
         sys.exit(_WRONG_INPUT)
 
 
+@main.command()
+@click.option(
+    "-f",
+    "--filename",
+    "paths",
+    multiple=True,
+    type=click.Path(exists=True, allow_dash=True, path_type=Path),
+    help="YAML or JSON file, folder of such files, or - for stdin; repeatable.",
+)
+@click.option("-n", "--namespace", help="With -f: for objects that name none. Without: the live namespace to read.")
+@click.option(
+    "--kubeconfig",
+    envvar="KUBECONFIG",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="How to log in to read a live namespace; read only.",
+)
+@click.option("--suggest", "suggested", is_flag=True, help="Print a SecureVLLMDeployment for each workload instead.")
+@click.option(
+    "--fail-on",
+    type=click.Choice(["critical", "high", "medium", "low", "never"]),
+    default="high",
+    show_default=True,
+    help="Exit with 1 when a finding is at least so severe.",
+)
+@_BOUNDS
+@_context_options
+@click.option(
+    "-o",
+    "--output",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="Format of the report.",
+)
+def check(  # noqa: PLR0917 - click gives one argument per option
+    paths: tuple[Path, ...],
+    namespace: str | None,
+    kubeconfig: Path | None,
+    suggested: bool,
+    fail_on: str,
+    output: str,
+    bounds_file: Path | None,
+    **cluster: Any,
+) -> None:
+    """Tell what vLLM workloads expose: routes without a key, sockets and who reaches them, flags, published holes.
+
+    \b
+    Reads SecureVLLMDeployments and ordinary Deployments, StatefulSets, LeaderWorkerSets, DaemonSets, Jobs and Pods,
+    with the NetworkPolicies, Services, Ingresses and HTTPRoutes beside them.
+        securevllm check -f vllm.yaml
+        helm template my-release some/chart | securevllm check -f - -o json | jq .worst
+        securevllm check -f vllm.yaml --suggest > mine.yaml
+        securevllm check --namespace llm --kubeconfig ~/.kube/config
+    Exit codes: 0 nothing so severe as --fail-on, 1 something is, 2 a part of the input could not be read or is a
+    resource that the operator would refuse; everything else is told all the same.
+    """  # noqa: D301 - click wants the character
+    from securevllm import check as core  # noqa: PLC0415 - see the module's docstring
+
+    if not paths and namespace is None:
+        _wrong("check needs -f FILE, or --namespace NAME to read a live one")
+    context = _context(**cluster)
+    if paths:
+        given: Any = (item for name, content in _contents(paths) for item in core.read(name, content))
+    else:
+        given = _live(str(namespace), kubeconfig)
+    report = core.examine(given, namespace or "default", context, _bounds(bounds_file), live=not paths)
+    for problem in report.wrong:
+        click.echo(f"securevllm: {core.line(str(problem))}", err=True)
+    if suggested:
+        _print_suggestions(core.suggestions(report))
+    elif output == "json":
+        click.echo(core.as_json(report))
+    else:
+        click.echo(core.text(report), nl=False)
+    if report.wrong:
+        sys.exit(_WRONG_INPUT)
+    threshold = core.Severity[fail_on.upper()]
+    sys.exit(int(any(finding.severity >= threshold for finding in report.every())))
+
+
+def _contents(paths: tuple[Path, ...]) -> Iterator[tuple[str, str]]:
+    """Name and text of every file; a byte that is no UTF-8 becomes a mark that YAML refuses, with its line."""
+    for path in paths:
+        if str(path) == "-":
+            yield "<stdin>", sys.stdin.buffer.read().decode("utf-8", errors="replace")
+            continue
+        files = sorted(item for item in path.rglob("*") if item.suffix in _SUFFIXES) if path.is_dir() else [path]
+        if not files:
+            yield str(path), ""
+        for file in files:
+            yield str(file), file.read_bytes().decode("utf-8", errors="replace")
+
+
+_SUFFIXES = frozenset({".yaml", ".yml", ".json"})
+
+
+def _live(namespace: str, kubeconfig: Path | None) -> list[Any]:
+    from securevllm.live import snapshot  # noqa: PLC0415 - see the module's docstring
+
+    try:
+        return list(snapshot(namespace, kubeconfig))
+    except OperatorError as error:
+        click.echo(f"securevllm: {error}", err=True)
+        sys.exit(_WRONG_INPUT)
+
+
+def _print_suggestions(found: Iterator[Any]) -> None:
+    for workload, suggestion in found:
+        if suggestion is None:
+            click.echo(f"securevllm: {workload.key}: no SecureVLLMDeployment can be made of it", err=True)
+            continue
+        click.echo(f"---\n# For {workload.key} ({workload.source}).")
+        for note in suggestion.notes:
+            click.echo(f"# Not carried over: {_one_line(note)}")
+        _print([suggestion.object], "yaml")
+
+
+def _one_line(words: str) -> str:
+    return "".join(char if char.isprintable() else " " for char in words)
+
+
 def _judged(
     stream: TextIO, namespace: str, uid: str, bounds: Any
 ) -> tuple[list[tuple[Any, Any, dict[str, Any]]], bool]:

@@ -101,20 +101,6 @@ class Socket:
         return self.port == 0
 
 
-@dataclass(frozen=True)
-class Beside:
-    """One listening socket of a program beside vLLM. Columns: see ``data/beside.toml``."""
-
-    name: str
-    port: int
-    knob: str
-    protocol: str
-    speaks: str
-    when: str
-    why: str
-    source: str
-
-
 CONTROLS: Mapping[str, str] = MappingProxyType(
     {
         "network-policy": "only pods of the same group reach the engine's sockets",
@@ -352,12 +338,6 @@ def environment() -> Environment:
     """The variables that the guard knows."""
     table = _read("environment.toml")
     return Environment(fixed=table["set"], allowed=_settings(table["allowed"]))
-
-
-@functools.cache
-def beside() -> tuple[Beside, ...]:
-    """Sockets of programs beside vLLM."""
-    return tuple(Beside(**row) for row in _read("beside.toml")["socket"])
 
 
 @functools.cache
