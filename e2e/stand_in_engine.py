@@ -70,7 +70,7 @@ def main() -> None:
     """Serve until the process is ended."""
     app = web.Application(middlewares=[_key])
     own = {"/health": _health, "/v1/models": _models, "/v1/chat/completions": _chat}
-    for route in catalogue.routes():
+    for route in catalogue.routes_of(catalogue.newest()).values():
         if route.method != catalogue.WEBSOCKET:
             app.router.add_route(route.method, route.path, own.get(route.path, _anything))
     web.run_app(app, host=_option("host", "127.0.0.1"), port=int(_option("port", "8000")), print=None)
