@@ -18,6 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter
+
+from securevllm.api.bounds import PlatformBounds
 
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "charts" / "secure-vllm-operator"
@@ -163,6 +166,10 @@ def _schema(values: list[Value]) -> dict[str, Any]:
         else:
             entry |= {"additionalProperties": False, "properties": {}}
         node["properties"][value.path[-1]] = entry | value.schema
+    # The operator's own type says what bounds there are.
+    bounds = TypeAdapter(PlatformBounds).json_schema(by_alias=True)
+    top["$defs"] = bounds.pop("$defs")
+    top["properties"]["bounds"] = bounds | {"description": top["properties"]["bounds"]["description"]}
     return top
 
 

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from securevllm.render.pods import CONTAINER_SECURITY
+from securevllm.settings import read_bounds
 from tests import pod_security
 from tests.chart.programs import CHART, Helm, by_key
 from tools.chart import read_values
@@ -60,3 +61,17 @@ def test_every_value_is_read() -> None:
     values = read_values((CHART / "values.yaml").read_text(encoding="utf-8"))
     unread = [value.name for value in values if value.text and not re.search(rf"\.{value.path[-1]}\b", texts)]
     assert unread == []
+
+
+def test_bounds_are_what_the_operator_reads(helm: Helm, tmp_path: Path) -> None:
+    case = next(path for path in CASES if path.stem == "everything")
+    objects = rendered(helm, case)
+    config = next(obj for name, obj in objects.items() if name.endswith("-bounds"))
+    (tmp_path / "bounds.yaml").write_text(config["data"]["bounds.yaml"], encoding="utf-8")
+    assert read_bounds(tmp_path / "bounds.yaml").image_digests
+    pod = next(obj for obj in objects.values() if obj["kind"] == "Deployment")["spec"]["template"]["spec"]
+    (argument,) = [item for item in pod["containers"][0]["args"] if item.startswith("--bounds=")]
+    folder, _, name = argument.partition("=")[2].rpartition("/")
+    assert name in config["data"]
+    (mount,) = [item for item in pod["containers"][0]["volumeMounts"] if item["mountPath"] == folder]
+    assert {"name": mount["name"], "configMap": {"name": config["metadata"]["name"]}} in pod["volumes"]

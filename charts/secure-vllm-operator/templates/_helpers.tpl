@@ -90,5 +90,6 @@ secure-vllm-operator{{ with .Values.watchNamespace }}-{{ . }}{{ end }}
 {{- if ne .Values.log.level "INFO" }}{{- $arguments = append $arguments (printf "--log-level=%s" .Values.log.level) -}}{{- end -}}
 {{- if ne (int .Values.workers) 8 }}{{- $arguments = append $arguments (printf "--workers=%d" (int .Values.workers)) -}}{{- end -}}
 {{- if ne (int .Values.resyncSeconds) 600 }}{{- $arguments = append $arguments (printf "--resync=%d" (int .Values.resyncSeconds)) -}}{{- end -}}
+{{- if .Values.bounds }}{{- $arguments = append $arguments "--bounds=/etc/secure-vllm-operator/bounds.yaml" -}}{{- end -}}
 {{- toYaml (concat $arguments .Values.extraArgs) -}}
 {{- end -}}
