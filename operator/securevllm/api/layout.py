@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from securevllm import catalogue
 from securevllm.api import shape
+from securevllm.api.guard import values
 from securevllm.api.guard.pod import is_gpu
 from securevllm.errors import Problem
 
@@ -168,14 +169,7 @@ def blocks(spec: api.Spec) -> Iterator[Problem]:
             "Set disaggregation.prefill.replicas and disaggregation.decode.replicas.",
             str(spec.replicas),
         )
-    for index, argument in enumerate(split.router.args):
-        yield Problem(
-            f"spec.disaggregation.router.args[{index}]",
-            "ArgumentRefused",
-            "no flag of the router may be set yet",
-            "Leave it out.",
-            argument,
-        )
+    yield from _router_arguments(split.router.args)
     for field, side in (("prefill", split.prefill), ("decode", split.decode)):
         data = side.parallelism.data
         if data is not None and data.load_balancing != "internal":
@@ -186,6 +180,34 @@ def blocks(spec: api.Spec) -> Iterator[Problem]:
                 "For now: use internal.",
                 data.load_balancing,
             )
+
+
+def _router_arguments(args: tuple[str, ...]) -> Iterator[Problem]:
+    """Exact names only: the router's parser is Python's argparse, which takes unambiguous prefixes."""
+    flags = catalogue.router_flags()
+    seen: set[str] = set()
+    for index, argument in enumerate(args):
+        name, equals, value = argument.partition("=")
+        setting = flags.allowed.get(name)
+        rule, fix = "", "Leave it out."
+        if name in flags.owned:
+            rule, fix = "the operator sets this flag", f"Use instead: {flags.owned[name]}."
+        elif setting is None:
+            rule = "only exact names of the allowlist may be passed: a flag can open what the operator closed"
+            fix = f"May be set: {', '.join(sorted(flags.allowed))}."
+        elif name in seen:
+            rule, fix = "a flag may stand only once", "Remove one of the two."
+        elif (setting.kind == "none") == bool(equals):
+            rule = "this flag takes no value" if equals else "this flag needs a value"
+            fix = f"Write {name} alone." if equals else f"Write {name}=...."
+        elif equals:
+            try:
+                values.check(setting, value, ())
+            except values.Refused as refused:
+                rule, fix = refused.rule, refused.fix
+        seen.add(name)
+        if rule:
+            yield Problem(f"spec.disaggregation.router.args[{index}]", "ArgumentRefused", rule, fix, argument)
 
 
 def versions(spec: api.Spec, version: catalogue.Version) -> Iterator[Problem]:

@@ -207,6 +207,14 @@ class Flags:
 
 
 @dataclass(frozen=True)
+class RouterFlags:
+    """Command-line flags of vllm-router. Columns: see ``data/router.toml``."""
+
+    owned: dict[str, str]
+    allowed: dict[str, Setting]
+
+
+@dataclass(frozen=True)
 class Connector:
     """A KV connector. Columns: see ``data/connectors.toml``."""
 
@@ -305,6 +313,13 @@ def flags() -> Flags:
         short=table["short"],
         since=_since(table["since"]),
     )
+
+
+@functools.cache
+def router_flags() -> RouterFlags:
+    """The flags of vllm-router that the guard knows."""
+    table = _read("router.toml")
+    return RouterFlags(owned=table["owned"], allowed=_settings(table["allowed"]))
 
 
 @functools.cache

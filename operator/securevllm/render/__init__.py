@@ -11,13 +11,12 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from securevllm.errors import InternalError
 from securevllm.render import accepted as kept
-from securevllm.render import engine, envoy, fetch, gate, gateway, pods, policies
+from securevllm.render import engine, envoy, fetch, gate, gateway, pods, policies, router
 from securevllm.render.meta import Object, Owner, stamp
 from securevllm.render.readback import versions_of
 from securevllm.render.vllm import Process
-from securevllm.topology import Topology, plan, sides
+from securevllm.topology import Role, Topology, plan, sides
 
 if TYPE_CHECKING:
     from securevllm.api.parse import Accepted
@@ -130,8 +129,6 @@ def render(owner: Owner, accepted: Accepted, context: Context, observed: Observe
     """
     spec = accepted.spec
     topology = plan(spec, context)
-    if spec.disaggregation is not None:
-        raise InternalError("the router is not rendered yet")
     model = gateway.model(owner, spec, accepted.version, topology, context)
     files = envoy.envoy_files(model)
     keys_file = envoy.api_keys_file(observed.client_keys, observed.seal_key) if model.authentication else ""
@@ -153,13 +150,22 @@ def render(owner: Owner, accepted: Accepted, context: Context, observed: Observe
     ]
     for item in replicas:
         settled |= item.settled
+    split = spec.disaggregation
+    if split is not None:
+        gates = gate.inputs(accepted.raw, topology, Role.ROUTER, context)
+        settled[router.ROLE] = kept.settle(
+            router.template(owner, spec, topology, context, started_with.key),
+            router.inputs(accepted.raw, topology, started_with.key, gates),
+            observed.pins.get(router.ROLE),
+            spec.update_policy,
+        )
     memory = kept.Kept(accepted.raw, {name: item.pin for name, item in settled.items()}, observed.groups)
 
     configuration = [
         kept.config_map(owner, memory, observed.seal_key),
         *(pods.service_account(owner, item.role.value) for item in topology.pods),
         *(engine.group_service(owner, topology, group) for group in topology.groups),
-        engine.service(owner, topology),
+        engine.service(owner, topology) if split is None else router.service(owner, topology),
         gateway.service(owner, spec, topology),
         gateway.config_map(owner, files),
         *([gateway.auth_secret(owner, keys_file)] if model.authentication else []),
@@ -167,7 +173,11 @@ def render(owner: Owner, accepted: Accepted, context: Context, observed: Observe
         fetch.claim(owner, spec),
     ]
     gateways = gateway.deployment(owner, spec, settled[gateway.ROLE].pin.template)
+    withheld = [obj for item in replicas for obj in item.withheld]
     workloads = [job, gateways, *(obj for item in replicas for obj in item.workloads)]
+    if split is not None:
+        # It would wait for engines that are not there, give up, and start again.
+        (withheld or workloads).append(router.deployment(owner, spec, settled[router.ROLE].pin.template))
     return Rendered(
         topology=topology,
         deny=stamp(policies.default_deny(owner.namespace)),
@@ -176,7 +186,7 @@ def render(owner: Owner, accepted: Accepted, context: Context, observed: Observe
         configuration=tuple(stamp(item) for item in configuration if item is not None),
         workloads=tuple(stamp(item) for item in workloads if item is not None),
         groups=tuple(group for item in replicas for group in item.groups),
-        withheld=tuple(obj for item in replicas for obj in item.withheld),
+        withheld=tuple(withheld),
         outdated=tuple(dict.fromkeys(name.partition("/")[0] for name, item in settled.items() if item.outdated)),
         gateway_files=files,
         keys_file=keys_file,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from securevllm.api import routes
 from securevllm.api import types as api
 from securevllm.api.units import quantity
-from securevllm.render import engine, envoy, pods
+from securevllm.render import engine, envoy, pods, router
 from securevllm.render.meta import Object, Owner, digest
 from securevllm.topology import GATEWAY_ADMIN, GATEWAY_HTTP, Role, Topology
 
@@ -53,15 +53,16 @@ def model(
     """What Envoy is told."""
     limits = spec.gateway.limits
     tls = spec.gateway.tls
-    entry = _entry(topology, tls)
+    entry, upstream = _entry(topology, tls), topology.entry
     return envoy.GatewayModel(
         name=owner.child(ROLE),
         listen_port=entry,
         ops_port=topology.socket(Role.GATEWAY, "ops").port,
         admin_port=GATEWAY_ADMIN,
         routes=allowed_routes(spec, version),
-        upstream_host=f"{owner.child(engine.ROLE)}.{owner.namespace}.svc.{context.cluster_domain}",
-        upstream_port=topology.socket(Role.ENGINE, "api").port,
+        upstream_host=f"{owner.child(upstream.value)}.{owner.namespace}.svc.{context.cluster_domain}",
+        upstream_port=topology.socket(upstream, "api").port,
+        health_path=router.READY_PATH if upstream is Role.ROUTER else engine.HEALTH_PATH,
         tls=tls.disabled is None,
         hostnames=(),
         authentication=spec.gateway.authentication.none is None,
