@@ -30,7 +30,14 @@ IDS = {path: path.relative_to(ROOT).as_posix() for path in (*PAGES, *SAMPLES)}
 _CALLS = {"Problem": (1, "reason"), "Verdict": (1, "reason"), "_no": (0, "reason")}
 
 
-_HOSTS = {"keepachangelog.com", "semver.org", "kubernetes.io", "docs.vllm.ai"}
+_HOSTS = {
+    "keepachangelog.com",
+    "semver.org",
+    "kubernetes.io",
+    "docs.vllm.ai",
+    "git.example.com",
+    "kubernetes.default.svc",
+}
 """Where documentation may point to; no package index and no host of somebody's network is among them."""
 _SERVICE = re.compile(r"quickstart-gateway(\.llm\.svc\.cluster\.local)?|squid\.proxy\.svc:3128")
 
