@@ -1,8 +1,9 @@
 """A hollow node: it does for the pods of a control plane without nodes what a scheduler and a kubelet would do.
 
 What is real: every pod gets bound, a unique address, its volumes (`volumes`: kubelet's atomic swap, synced at once
-when the pod changes and otherwise every minute), its environment, its status, restarts, startup and readiness probes
-of processes, the preStop sleep and graceful deletion. Services are resolved by a DNS server of its own (`dns`).
+when the pod changes and otherwise every minute), its environment, its status, readiness gates, restarts, startup and
+readiness probes of processes, the preStop sleep and graceful deletion. Services are resolved by a DNS server of its
+own (`dns`).
 
 What is not: there are no images and no namespaces. A container runs as what its `Runner` says: a process of this
 machine with translated paths and addresses, or nothing at all, and then it counts as running and ready. Addresses are
@@ -20,7 +21,7 @@ import asyncio
 import random
 import socket
 import threading
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Callable, Coroutine, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 RESYNC_SECONDS = 60.0
 CLUSTER_DOMAIN = "cluster.local"
 DNS_PORT = 10053
+_ROOM = 0.1
 HOLLOW_LABEL = "securevllm.io/hollow-node"
 
 # 127.64.0.0/10 in blocks of 4096 addresses, one block for each node of this machine.
@@ -84,6 +86,7 @@ def hollow_node(
     *,
     namespace: str | None = None,
     resync: float = RESYNC_SECONDS,
+    fits: Callable[[JsonObject], bool] = lambda _pod: True,
 ) -> Iterator[HollowNode]:
     """Run a hollow node for the length of a `with` block.
 
@@ -95,13 +98,15 @@ def hollow_node(
         runner: What containers run as; see `runners`.
         namespace: Take the pods of this namespace only, as node `hollow-<namespace>`: for tests that share a cluster.
         resync: Seconds after which volumes are synced without a reason.
+        fits: Whether there is room for a pod; asked again and again (in the node's thread), and until then it is
+            pending.
 
     Raises:
         ClusterError: The cluster has real nodes, or the hollow one ended with an error.
     """
     loop = asyncio.new_event_loop()
     started: Future[HollowNode] = Future()
-    life = loop.create_task(_live(cluster, runner, namespace, resync, started))
+    life = loop.create_task(_live(cluster, runner, namespace, resync, started, fits=fits))
     thread = threading.Thread(target=_run, args=(loop, life, started), name="hollow-node")
     thread.start()
     try:
@@ -130,6 +135,8 @@ async def _live(
     namespace: str | None,
     resync: float,
     started: Future[HollowNode],
+    *,
+    fits: Callable[[JsonObject], bool],
 ) -> None:
     server = urlsplit(cluster.server)
     env = {"KUBERNETES_SERVICE_HOST": server.hostname or "", "KUBERNETES_SERVICE_PORT": str(server.port or 443)}
@@ -143,7 +150,7 @@ async def _live(
     ip = _address(block, 1)
     async with connect(cluster.kubeconfig) as api:
         node = Node(api, name, ip, (ip, DNS_PORT), folder, runner, env, resync, processes)
-        pods = _Pods(node, namespace, block)
+        pods = _Pods(node, namespace, block, fits)
         loop = asyncio.get_running_loop()
         transport, _ = await loop.create_datagram_endpoint(lambda: Responder(pods.lookup), sock=udp)
         try:
@@ -201,8 +208,8 @@ async def _register(node: Node) -> None:
 class _Pods:
     """The pods of the cluster: binds them, and keeps a worker for each that is bound to this node."""
 
-    def __init__(self, node: Node, namespace: str | None, block: int) -> None:
-        self._node = node
+    def __init__(self, node: Node, namespace: str | None, block: int, fits: Callable[[JsonObject], bool]) -> None:
+        self._node, self._fits = node, fits
         self._scope = f"/api/v1/namespaces/{namespace}" if namespace else "/api/v1"
         self._block = block
         self._next = 1
@@ -295,6 +302,8 @@ class _Pods:
 
     async def _bind(self, pod: JsonObject) -> None:
         metadata = pod["metadata"]
+        while metadata["uid"] in self._pods and not self._fits(pod):  # noqa: ASYNC110 - nobody tells when there is room
+            await asyncio.sleep(_ROOM)
         body = {
             "apiVersion": "v1",
             "kind": "Binding",

@@ -21,6 +21,7 @@ from kubernetes.aio.config import load_kube_config
 JsonObject = dict[str, Any]
 
 MERGE_PATCH = "application/merge-patch+json"
+STRATEGIC_MERGE_PATCH = "application/strategic-merge-patch+json"
 SYNC = "SYNC"
 
 _PAUSE = 0.3
@@ -71,6 +72,14 @@ class Api:
             RefusedError: Not accepted, or status 404.
         """
         return await self._send("PATCH", path, body, MERGE_PATCH)
+
+    async def merge_by_key(self, path: str, body: JsonObject) -> JsonObject:
+        """PATCH with a strategic merge patch: of a list of conditions, those of others stay.
+
+        Raises:
+            RefusedError: Not accepted, or status 404.
+        """
+        return await self._send("PATCH", path, body, STRATEGIC_MERGE_PATCH)
 
     async def delete(self, path: str, options: JsonObject) -> None:
         """DELETE with DeleteOptions; an object that is gone, or is another one by now, is a success."""

@@ -64,6 +64,7 @@ def pod_status(
     containers: Sequence[Container],
     restart_policy: str,
     previous: Mapping[str, Any],
+    closed_gates: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Compute the status of a pod.
 
@@ -75,7 +76,8 @@ def pod_status(
         init: Init containers, in order.
         containers: Containers.
         restart_policy: `restartPolicy` of the pod's spec.
-        previous: The status so far: conditions that did not change keep their time, foreign ones stay.
+        previous: What this said last: conditions that did not change keep their time.
+        closed_gates: Readiness gates that somebody else has not set to True.
     """
     initialized = all(container.exit_code == 0 for container in init)
     phase = _phase(initialized, containers, restart_policy, failed=_init_failed(init, restart_policy))
@@ -84,6 +86,10 @@ def pod_status(
     reason = "PodCompleted" if done else "ContainersNotReady"
     message = "" if done else f"containers with unready status: [{' '.join(unready)}]"
     running = ("True", "", "") if not unready and not done else ("False", reason, message)
+    ready = running
+    if running[0] == "True" and closed_gates:
+        told = "; ".join(f'corresponding condition of pod readiness gate "{gate}" is not True' for gate in closed_gates)
+        ready = ("False", "ReadinessGatesNotReady", told)
     uninitialized = [container.spec["name"] for container in init if container.exit_code != 0]
     wanted = {
         "PodScheduled": ("True", "", ""),
@@ -92,14 +98,13 @@ def pod_status(
         if initialized
         else ("False", "ContainersNotInitialized", f"containers with incomplete status: [{' '.join(uninitialized)}]"),
         "ContainersReady": running,
-        "Ready": running,
+        "Ready": ready,
     }
     before = {condition["type"]: condition for condition in previous.get("conditions", [])}
-    conditions = [condition for kind, condition in before.items() if kind not in wanted]
+    conditions = []
     for kind, (status, why, text) in wanted.items():
-        condition = {"type": kind, "status": status, "lastTransitionTime": now}
-        if why:
-            condition |= {"reason": why, "message": text}
+        # Empty texts, because the status is merged by kind: an old reason would stay.
+        condition = {"type": kind, "status": status, "lastTransitionTime": now, "reason": why, "message": text}
         old = before.get(kind)
         if old and old["status"] == status:
             condition["lastTransitionTime"] = old.get("lastTransitionTime", now)

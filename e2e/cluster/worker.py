@@ -104,6 +104,8 @@ class PodWorker:
         """Take a new version of the pod; anything but a change of its status is a reason to sync."""
         if _relevant(pod) != _relevant(self.pod):
             self._changed.set()
+        if _closed_gates(pod) != _closed_gates(self.pod):
+            self._dirty.set()
         self.pod = pod
         self._look(pod)
 
@@ -372,13 +374,14 @@ class PodWorker:
             containers=self._containers,
             restart_policy=self._policy,
             previous=self._status,
+            closed_gates=_closed_gates(self.pod),
         )
         if status == self._status:
             return
         self._status = status
         body = {"metadata": {"uid": self._uid}, "status": status}
         try:
-            await self.node.api.merge(f"{self._path}/status", body)
+            await self.node.api.merge_by_key(f"{self._path}/status", body)
         except RefusedError as refused:
             # Gone, or another pod of the same name by now: the watch will say so.
             if refused.status not in {HTTPStatus.NOT_FOUND, HTTPStatus.CONFLICT}:
@@ -428,6 +431,14 @@ def _relevant(pod: JsonObject) -> tuple[Any, ...]:
     metadata = pod["metadata"]
     parts = ("labels", "annotations", "deletionTimestamp")
     return (*(metadata.get(part) for part in parts), pod["spec"])
+
+
+def _closed_gates(pod: JsonObject) -> list[str]:
+    """Readiness gates whose condition is not True."""
+    conditions = pod.get("status", {}).get("conditions", [])
+    open_gates = {condition["type"] for condition in conditions if condition["status"] == "True"}
+    gates = [gate["conditionType"] for gate in pod["spec"].get("readinessGates", [])]
+    return [gate for gate in gates if gate not in open_gates]
 
 
 def _rewritten(files: volumes.Payload, rewrite: Callable[[str], str] | None) -> volumes.Payload:

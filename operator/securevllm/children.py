@@ -15,7 +15,7 @@ import structlog
 
 from securevllm import drift
 from securevllm.api import types as api
-from securevllm.api.kinds import DEPLOYMENT, JOB, Kind, KubeObject, Ref
+from securevllm.api.kinds import DEPLOYMENT, JOB, STATEFUL_SET, Kind, KubeObject, Ref
 from securevllm.context import FIELD_MANAGER
 from securevllm.drift import Action
 from securevllm.errors import (
@@ -38,7 +38,7 @@ log = structlog.stdlib.get_logger(__name__)
 _CONTEST_WINDOW = 600.0
 _CONTEST_REPEATS = 5
 _CONTEST_PAUSE, _CONTEST_PAUSE_SHORT = 60.0, 3.0
-_ROLLS_PODS = frozenset({DEPLOYMENT, JOB})
+_ROLLS_PODS = frozenset({DEPLOYMENT, JOB, STATEFUL_SET})
 _RETRY, _RETRY_REFUSED = 2.0, 30.0
 
 WAITING = "WaitingForGarbageCollection"

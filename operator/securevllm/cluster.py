@@ -53,6 +53,8 @@ log = structlog.stdlib.get_logger(__name__)
 APPLY = "application/apply-patch+yaml"
 MERGE_PATCH = "application/merge-patch+json"
 JSON_PATCH = "application/json-patch+json"
+STRATEGIC_MERGE_PATCH = "application/strategic-merge-patch+json"
+"""Merges lists by their keys, conditions by ``type``: those of others stay."""
 METADATA_ONLY = "application/json;as=PartialObjectMetadata;g=meta.k8s.io;v=v1"
 
 SERVICE_ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
@@ -335,7 +337,8 @@ class KubernetesClient:
                 {"fieldManager": FIELD_MANAGER},
                 body,
                 content_type,
-                retry=content_type in (MERGE_PATCH, APPLY),  # the operations of a JSON patch may add up
+                retry=content_type
+                in (MERGE_PATCH, APPLY, STRATEGIC_MERGE_PATCH),  # the operations of a JSON patch may add up
             )
         )
 

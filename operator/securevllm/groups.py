@@ -16,13 +16,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from securevllm.render.accepted import GroupMemory
+
 FIRST_BACKOFF, LONGEST_BACKOFF = 10.0, 300.0
 """Seconds between two starts of a group that breaks again and again: doubled each time, as kubelet does."""
 
 FORGIVEN = 600.0
 """Seconds that a group has to be whole until its breaks are forgotten."""
-
-FIRST_EPOCH = 0
 
 _LATE = 600.0
 """Seconds beyond the start-up time after which a member that never started is not waited for any more."""
@@ -62,25 +62,6 @@ class Pair:
 
     template: str
     epoch: int
-
-
-@dataclass(frozen=True)
-class Memory:
-    """What has to be remembered of a group.
-
-    Attributes:
-        epoch: number of its present start.
-        since: when this epoch was decided on, unix seconds.
-        restarts: how often in a row it broke and started anew.
-        members: uids of the pods that formed it, by rank; empty until all of them existed at once.
-        why: why this epoch began; empty for a first start.
-    """
-
-    epoch: int
-    since: float
-    restarts: int = 0
-    members: tuple[str, ...] = ()
-    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -150,7 +131,7 @@ class Group:
     size: int
     workloads: tuple[Workload | None, ...]
     pods: tuple[Member | None, ...]
-    memory: Memory | None = None
+    memory: GroupMemory | None = None
     suspended: bool = False
 
 
@@ -164,22 +145,24 @@ class Judgement:
         current: its StatefulSets are, or are about to become, what is wanted.
         message: what is the matter, naming the member; empty for a whole group.
         memory: to keep from now on, whatever is done.
-        gates: by rank: whether the *rest* of the group is as it should be; empty: leave them. A pod's own readiness is
-            kubelet's to tell: a head that recovers while the operator is down serves again.
+        gates: by rank: whether the *rest* of the group is as it should be; empty: there are none, or nothing is said. A
+            pod's own readiness is kubelet's to tell: a head that recovers while the operator is down serves again.
         look: unix seconds at which the time alone changes something: a broken group may start anew, ...
         left: pods of before that have to end until an absent group can start.
         why: of a broken group, what broke it.
+        serving: its pods are ready, their gates included.
     """
 
     name: str
     state: State
     current: bool
     message: str = ""
-    memory: Memory | None = None
+    memory: GroupMemory | None = None
     gates: tuple[bool, ...] = ()
     look: float | None = None
     left: tuple[str, ...] = ()
     why: str = ""
+    serving: bool = False
 
 
 @dataclass(frozen=True)
@@ -193,7 +176,7 @@ class Plan:
     """
 
     steps: Mapping[str, Step]
-    memory: Mapping[str, Memory]
+    memory: Mapping[str, GroupMemory]
     look: float | None
 
 
@@ -225,30 +208,30 @@ def judge(group: Group, now: float, startup: float) -> Judgement:
     return _judge_members(group, memory, now, startup)
 
 
-def _adopted(group: Group) -> Memory | None:
+def _adopted(group: Group) -> GroupMemory | None:
     """The memory was lost: what is there goes on under its epoch, because a wrong number would restart everything."""
     epochs = [item.pair.epoch for item in group.workloads if item is not None]
-    return Memory(max(epochs), 0.0) if epochs else None
+    return GroupMemory(max(epochs)) if epochs else None
 
 
-def _unformed(memory: Memory | None) -> Memory | None:
+def _unformed(memory: GroupMemory | None) -> GroupMemory | None:
     return replace(memory, members=()) if memory is not None else None
 
 
-def _current(group: Group, memory: Memory) -> bool:
+def _current(group: Group, memory: GroupMemory) -> bool:
     """Whether the StatefulSets are what is wanted, or a step towards it was decided on and not ended."""
     pairs = {item.pair for item in group.workloads if item is not None}
     return Pair(group.template, memory.epoch) in pairs or memory.epoch not in {pair.epoch for pair in pairs}
 
 
-def _world(group: Group, memory: Memory, *, current: bool) -> tuple[Member | None, ...]:
+def _world(group: Group, memory: GroupMemory, *, current: bool) -> tuple[Member | None, ...]:
     """The pods of the present epoch, by rank. An old group is judged by the size that it was formed with."""
     old = sum(item is not None for item in group.workloads)
     size = len(memory.members) or (group.size if current else old)
     return tuple(pod if pod is not None and pod.pair.epoch == memory.epoch else None for pod in group.pods[:size])
 
 
-def _judge_members(group: Group, memory: Memory, now: float, startup: float) -> Judgement:
+def _judge_members(group: Group, memory: GroupMemory, now: float, startup: float) -> Judgement:
     current = _current(group, memory)
     world = _world(group, memory, current=current)
     living = [pod for pod in world if pod is not None and not pod.gone]
@@ -270,7 +253,7 @@ def _judge_members(group: Group, memory: Memory, now: float, startup: float) -> 
             memory = replace(memory, members=tuple(pod.uid for pod in living))
     fit = alone or (bool(memory.members) and not why and not any(pod.restarted for pod in living))
     ready = [pod is not None and pod.ready and not pod.gone for pod in world]
-    gates = tuple(fit and all(ready[:rank] + ready[rank + 1 :]) for rank in range(len(world)))
+    gates = () if alone else tuple(fit and all(ready[:rank] + ready[rank + 1 :]) for rank in range(len(world)))
     judged = Judgement(group.name, State.BROKEN, current, memory=memory, gates=gates, why=why)
     if why:
         due = memory.since + backoff(memory.restarts)
@@ -281,7 +264,7 @@ def _judge_members(group: Group, memory: Memory, now: float, startup: float) -> 
     return replace(judged, state=state, message=f"{group.name}: {_progress(group, world, memory)}.", look=look)
 
 
-def _lost(world: Sequence[Member | None], memory: Memory) -> dict[int, str]:
+def _lost(world: Sequence[Member | None], memory: GroupMemory) -> dict[int, str]:
     """Members whose pod is not the one that formed the group, or is not going to stay: rank to reason."""
     if len(memory.members) != len(world):
         return {}
@@ -322,17 +305,18 @@ def _stuck(living: Sequence[Member], now: float, startup: float) -> tuple[str, f
     return f"{_told(*waiting[0])} has not started, long after the others", None
 
 
-def _whole(judged: Judgement, memory: Memory, pods: Sequence[Member], now: float) -> Judgement:
+def _whole(judged: Judgement, memory: GroupMemory, pods: Sequence[Member], now: float) -> Judgement:
     """A whole group; after a while its breaks are forgotten."""
+    judged = replace(judged, state=State.WHOLE, serving=all(pod.ready_since is not None for pod in pods))
     if not memory.restarts:
-        return replace(judged, state=State.WHOLE)
+        return judged
     since = max(now if pod.ready_since is None else pod.ready_since for pod in pods)
     if now < since + FORGIVEN:
-        return replace(judged, state=State.WHOLE, look=since + FORGIVEN)
-    return replace(judged, state=State.WHOLE, memory=replace(memory, restarts=0, why=""))
+        return replace(judged, look=since + FORGIVEN)
+    return replace(judged, memory=replace(memory, restarts=0, why=""))
 
 
-def _progress(group: Group, world: Sequence[Member | None], memory: Memory) -> str:
+def _progress(group: Group, world: Sequence[Member | None], memory: GroupMemory) -> str:
     size = len(world)
     again = f" It started anew: {memory.why}" if memory.why else ""
     ready = f"{sum(pod is not None and pod.ready for pod in world)} of {size} members are ready"
@@ -366,7 +350,7 @@ def plan(groups: Iterable[Judgement], now: float) -> Plan:
 
     * A broken group starts anew when its back-off is over, whatever the others do.
     * Without gang scheduling two groups can each take half of what both need, so one group at a time looks for nodes.
-    * A group that serves is rolled when all others are whole, one at a time; one that does not serve comes first.
+    * A group that serves is rolled when all others serve, one at a time; one that does not serve comes first.
     """
     judged = list(groups)
     steps = {item.name: _alone(item, now) for item in judged}
@@ -385,7 +369,7 @@ def plan(groups: Iterable[Judgement], now: float) -> Plan:
             steps[item.name] = Step.ROLL
         elif not item.left:
             steps[item.name] = Step.START
-    if all(item.state is State.WHOLE for item in judged):
+    if all(item.serving for item in judged):
         old = next((item for item in judged if not item.current), None)
         if old is not None:
             steps[old.name] = Step.ROLL
@@ -404,15 +388,15 @@ def _alone(item: Judgement, now: float) -> Step:
     return Step.RESTART if broken else Step.KEEP
 
 
-def _next(item: Judgement, step: Step, now: float) -> Memory | None:
+def _next(item: Judgement, step: Step, now: float) -> GroupMemory | None:
     """The memory with which a step is done."""
     old = item.memory
     if step not in NEW_EPOCH:
         return old
     if old is None:
-        return Memory(FIRST_EPOCH, now)
+        return GroupMemory(since=int(now))
     if step is Step.START and not old.members:
         return old  # no pod of this epoch is left, and it may have been decided on already
     if step is Step.RESTART:
-        return Memory(old.epoch + 1, now, old.restarts + 1, why=item.why)
-    return Memory(old.epoch + 1, now)
+        return GroupMemory(old.epoch + 1, int(now), old.restarts + 1, why=item.why)
+    return GroupMemory(old.epoch + 1, int(now))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import structlog
 
-from securevllm.api.kinds import DEPLOYMENT, JOB, NETWORK_POLICY, POD, SECURE_VLLM_DEPLOYMENT, Ref
+from securevllm.api.kinds import DEPLOYMENT, JOB, NETWORK_POLICY, POD, SECURE_VLLM_DEPLOYMENT, STATEFUL_SET, Ref
 from securevllm.context import FIELD_MANAGER
 from securevllm.errors import Conflict
 from securevllm.render.meta import DENY_NAME, ISOLATION, MANAGED_BY, RESOURCE_LABEL, stamp
@@ -35,6 +35,7 @@ _REFUSED = 30.0
 _USERS = (
     (SECURE_VLLM_DEPLOYMENT, None),
     (DEPLOYMENT, f"{MANAGED_BY}={FIELD_MANAGER}"),
+    (STATEFUL_SET, f"{MANAGED_BY}={FIELD_MANAGER}"),
     (JOB, f"{MANAGED_BY}={FIELD_MANAGER}"),
     (POD, RESOURCE_LABEL),
 )

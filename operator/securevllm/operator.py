@@ -55,6 +55,7 @@ WATCHED = (
         for kind in (
             kinds.NETWORK_POLICY,
             kinds.DEPLOYMENT,
+            kinds.STATEFUL_SET,
             kinds.SERVICE,
             kinds.CONFIG_MAP,
             kinds.SERVICE_ACCOUNT,
@@ -88,7 +89,7 @@ def keys_of(store: Store) -> Callable[[KubeObject], Iterator[Key]]:
         elif owners:
             yield from (Key(namespace, name) for name in owners)
         elif obj["kind"] == kinds.POD.kind:
-            # A pod belongs to a ReplicaSet; the label is a hint, and a wrong one costs one idle reconcile.
+            # A pod belongs to what made it; the label is a hint, and a wrong one costs one idle reconcile.
             yield Key(namespace, labels.get(INSTANCE, ""))
         elif metadata["name"] == DENY_NAME:
             yield Key(namespace, "")

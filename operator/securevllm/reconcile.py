@@ -1,6 +1,6 @@
 """One resource, level-based: whatever happened, look at everything and bring it to what the spec says.
 
-    gather -> parse -> plan, render -> isolate -> configure -> run -> prune -> read back -> status
+    gather -> parse -> plan, render -> judge groups -> isolate -> configure -> run -> prune -> read back -> status
 
 Order is safety: the namespace's default-deny and the resource's policies are there before a pod is; when one of them
 cannot be applied, nothing that runs is created or changed. A bad spec changes nothing: the last accepted one is
@@ -20,6 +20,7 @@ import structlog
 from securevllm.api import bounds, kinds
 from securevllm.api.kinds import KubeObject, Ref
 from securevllm.api.parse import Accepted, parse, parse_accepted
+from securevllm.api.units import seconds
 from securevllm.children import Children, Outcome, failed
 from securevllm.errors import ApiError, Conflict, InternalError, NotFound, Problem, SpecError
 from securevllm.gateways import ReadBack
@@ -29,6 +30,7 @@ from securevllm.log import register_secret
 from securevllm.render import Made, Observed, Rendered, accepted, engine, fetch, gateway, keys
 from securevllm.render import render as render_resource
 from securevllm.render.meta import ISOLATION, RESTART_ANNOTATION, Owner
+from securevllm.rollout import Look, Rollout
 from securevllm.status import Facts, Fetch, Workload, status, transitions
 from securevllm.status import fetch as read_fetch
 from securevllm.status import workload as read_workload
@@ -49,6 +51,8 @@ _PRUNED_FIRST = frozenset({kinds.NETWORK_POLICY, kinds.JOB})
 _PRUNED = frozenset({kinds.DEPLOYMENT, kinds.SERVICE, kinds.POD_DISRUPTION_BUDGET})
 _PRUNED_LATE = frozenset({kinds.CONFIG_MAP, kinds.SECRET, kinds.SERVICE_ACCOUNT})
 """What pods refer to stays until no pod of an older template is left. Claims and generated Secrets stay for good."""
+
+_OF_A_GROUP = (kinds.NETWORK_POLICY, kinds.SERVICE)
 
 
 class Key(NamedTuple):
@@ -113,6 +117,7 @@ class Reconciler:
         self._deny = DefaultDeny(kubernetes, cache, self._children, monotonic)
         self._generator = Generator(self._children, context, now)
         self._read_back = ReadBack(kubernetes, cache, gateways)
+        self._rollout = Rollout(kubernetes, cache, self._children, now)
 
     async def __call__(self, key: Key) -> float | None:
         """Reconcile a key; gives the seconds until it wants to be called again, None when it is gone."""
@@ -295,19 +300,17 @@ class Reconciler:
             register_secret(key.get(engine.KEY, b"").decode(errors="replace"))
             for client in clients.judged.keys:
                 register_secret(client.key)
-            rendered = render_resource(
-                owner,
-                wanted,
-                self._context,
-                Observed(
-                    client_keys=clients.judged.keys,
-                    pins=held.kept.pins if held.kept else {},
-                    fetched=self._fetched(owner, spec),
-                    restart_at=resource["metadata"].get("annotations", {}).get(RESTART_ANNOTATION, ""),
-                    engine_key=key.get(engine.KEY, b""),
-                    seal_key=key.get(engine.SEAL, held.seal_key),
-                ),
+            observed = Observed(
+                client_keys=clients.judged.keys,
+                pins=held.kept.pins if held.kept else {},
+                fetched=self._fetched(owner, spec),
+                restart_at=resource["metadata"].get("annotations", {}).get(RESTART_ANNOTATION, ""),
+                engine_key=key.get(engine.KEY, b""),
+                seal_key=key.get(engine.SEAL, held.seal_key),
+                groups=held.kept.groups if held.kept else {},
             )
+            rendered, look = self._decided(owner, wanted, observed)
+            gates = await self._rollout.shut(look)
             isolation = deny
             if not deny.failures:
                 isolation += await self._children.bring(rendered.isolation, owner.uid, component=ISOLATION)
@@ -324,13 +327,16 @@ class Reconciler:
             runs = not isolation.failures and kept and Made.ENGINE_KEY in made.data
             workloads = Outcome()
             if runs:
+                await self._rollout.tell(resource, look)
                 workloads = await self._refetch(owner, spec)
-                workloads += await self._children.bring(rendered.workloads, owner.uid)
-            outcome = isolation + made.outcome + configuration + workloads
+                workloads += await self._children.bring(rendered.ungrouped(), owner.uid)
+                workloads += await self._rollout.bring(rendered, look, owner.uid)
+                gates += await self._rollout.open(look)
+            outcome = isolation + made.outcome + configuration + workloads + gates
         found = replace(
             facts,
             suspended=spec.suspend,
-            engine=self._workload(owner, engine.ROLE),
+            engine=self._engine(owner, rendered, look),
             gateway=self._workload(owner, gateway.ROLE),
             fetch=self._fetch(owner, spec),
             keys=clients.judged.problems,
@@ -344,7 +350,8 @@ class Reconciler:
             verification=spec.security.verification.mode,
         )
         if runs and not workloads.failures:
-            outcome += await self._prune(owner, rendered, found, everything=not outcome.failures)
+            outcome += await self._rollout.prune(rendered, look)
+            outcome += await self._prune(owner, rendered, look, found, everything=not outcome.failures)
         looked: float | None = None
         files = [f"ConfigMap {owner.child(gateway.XDS_SUFFIX)}", f"Secret {owner.child(gateway.AUTH_SUFFIX)}"]
         written = not isolation.failures and not any(configuration.of(gateway.ROLE, name) for name in files)
@@ -363,8 +370,17 @@ class Reconciler:
         )
         # A Secret without our label is not watched: somebody who has just forgotten it will make it soon.
         missing = _LOOK_AGAIN if found.missing or found.unfetched else None
-        pauses = (_RESYNC, outcome.again, looked, missing, self._generator.renewal(made))
+        renewal = self._generator.renewal(made)
+        pauses = (_RESYNC, outcome.again, looked, missing, renewal, look.pause(self._now().timestamp()))
         return found, min(pause for pause in pauses if pause is not None)
+
+    def _decided(self, owner: Owner, wanted: Accepted, observed: Observed) -> tuple[Rendered, Look]:
+        """What is rendered, with the epochs that groups have from now on."""
+        rendered = render_resource(owner, wanted, self._context, observed)
+        look = self._rollout.look(owner, rendered, observed.groups, seconds(wanted.spec.engine.startup_timeout))
+        if look.plan.memory != observed.groups:
+            rendered = render_resource(owner, wanted, self._context, replace(observed, groups=look.plan.memory))
+        return rendered, look
 
     @staticmethod
     def _held_back(owner: Owner, made: Secrets, clients: _Keys) -> set[tuple[str, str]]:
@@ -376,7 +392,7 @@ class Reconciler:
             held |= {("ConfigMap", accepted.name(owner)), ("Secret", owner.child(gateway.AUTH_SUFFIX))}
         return held
 
-    async def _prune(self, owner: Owner, rendered: Rendered, found: Facts, *, everything: bool) -> Outcome:
+    async def _prune(self, owner: Owner, rendered: Rendered, look: Look, found: Facts, *, everything: bool) -> Outcome:
         """What isolates or downloads for an older spec goes at once, the rest when nothing is amiss."""
         wanted = _PRUNED_FIRST
         if everything:
@@ -386,7 +402,14 @@ class Reconciler:
         # Weights and keys are never thrown away because of an edit that may be a mistake.
         lasting = {Ref(kinds.SECRET, owner.namespace, name) for name in gateway.generated_names(owner)}
         lasting |= {Ref(kinds.SECRET, owner.namespace, engine.key_secret(owner))}
-        return await self._children.prune(owner.uid, {Ref.of(obj) for obj in objects} | lasting, wanted)
+        # What lets the pods of a group talk, and names them, goes after the last of them.
+        ending = {Ref(kind, owner.namespace, owner.child(group)) for kind in _OF_A_GROUP for group in look.occupied}
+        return await self._children.prune(owner.uid, {Ref.of(obj) for obj in objects} | lasting | ending, wanted)
+
+    def _engine(self, owner: Owner, rendered: Rendered, look: Look) -> Workload | None:
+        if rendered.topology.groups:
+            return self._rollout.facts(look) if rendered.groups else None
+        return self._workload(owner, engine.ROLE)
 
     def _workload(self, owner: Owner, role: str) -> Workload | None:
         live = self._cache.get(Ref(kinds.DEPLOYMENT, owner.namespace, owner.child(role)))

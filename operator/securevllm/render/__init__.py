@@ -106,6 +106,10 @@ class Rendered:
         yield from self.configuration
         yield from self.workloads
 
+    def ungrouped(self) -> list[Object]:
+        """The workloads but the StatefulSets, whose groups have their turns."""
+        return [obj for obj in self.workloads if obj["kind"] != "StatefulSet"]
+
     def served_files(self) -> dict[str, str]:
         """The files that an up-to-date gateway has loaded: file name to text."""
         files = dict(self.gateway_files)

@@ -35,14 +35,18 @@ class GroupMemory:
     """What is remembered of a group: a group that was half replaced must be known as such after a restart.
 
     Attributes:
-        epoch: of the pods that belong together.
-        since: when the epoch began, RFC 3339.
-        restarts: epochs in a row that did not last, for the back-off.
+        epoch: number of its present start; all its pods carry it.
+        since: when this epoch was decided on, unix seconds.
+        restarts: how often in a row it broke and started anew, for the back-off.
+        members: uids of the pods that formed it, by rank; empty until all of them existed at once.
+        why: what broke the epoch before; empty for any other start.
     """
 
     epoch: int = 0
-    since: str = ""
+    since: int = 0
     restarts: int = 0
+    members: tuple[str, ...] = ()
+    why: str = ""
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,8 @@ def read(owner: Owner, data: Mapping[str, str], seal_key: bytes) -> Kept | None:
     if not hmac.compare_digest(data.get(_SEAL, "").encode(), expected.encode()):  # text would have to be ASCII
         return None
     pins = {name: Pin(pin["inputs"], pin["template"]) for name, pin in json.loads(data[_PINS]).items()}
-    groups = {name: GroupMemory(**memory) for name, memory in json.loads(data.get(_GROUPS, "{}")).items()}
+    remembered = json.loads(data.get(_GROUPS, "{}"))
+    groups = {name: GroupMemory(**item | {"members": tuple(item["members"])}) for name, item in remembered.items()}
     return Kept(json.loads(data[_SPEC]), pins, groups)
 
 

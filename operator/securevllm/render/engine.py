@@ -19,6 +19,7 @@ from securevllm.render.meta import (
     RESOURCE_LABEL,
     RESTART_ANNOTATION,
     TEMPLATE_LABEL,
+    WHOLE_CONDITION,
     Object,
     Owner,
     digest,
@@ -232,6 +233,8 @@ def template(process: Process, started_with: StartedWith) -> Object:
             *([volume] if volume else []),
             *map(_volume, engine.volumes),
         ],
+        # A group serves as a whole or not at all; of a single pod kubelet knows all there is.
+        **({"readinessGates": [{"conditionType": WHOLE_CONDITION}]} if process.side.shape.pods > 1 else {}),
         **pods.placement(spec),
     }
     place = {GROUP_LABEL: vllm.GROUP, MEMBER_LABEL: vllm.MEMBER} if process.side.groups else {}

@@ -26,6 +26,9 @@ EPOCH_LABEL = f"{api.GROUP}/epoch"
 TEMPLATE_LABEL = f"{api.GROUP}/template"
 """Both on the pods of a group: a group is whole when all its pods carry the same pair."""
 
+WHOLE_CONDITION = f"{api.GROUP}/group-whole"
+"""Readiness gate of a group's pods: whether the rest of the group is as it should be. The operator sets it."""
+
 HASH_ANNOTATION = f"{api.GROUP}/rendered"
 """On every child: hash of what was rendered. Differs: the operator has something new to say."""
 

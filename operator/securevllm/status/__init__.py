@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from securevllm.status.conditions import Transition, merge, transitions
-from securevllm.status.facts import Facts, Failure, Fetch, Gateway, Workload, fetch, workload
+from securevllm.status.facts import Facts, Failure, Fetch, Gateway, Workload, fetch, trouble, workload
 
 if TYPE_CHECKING:
     from securevllm.api.advisories import Hit
@@ -21,6 +21,7 @@ __all__ = [
     "fetch",
     "status",
     "transitions",
+    "trouble",
     "workload",
 ]
 

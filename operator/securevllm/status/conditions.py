@@ -89,7 +89,10 @@ def _rollout(workload: Callable[[Facts], Workload | None], what: str) -> Check:
         told = f"{state.ready} of {state.desired} {what} are ready, {state.updated} have the current template."
         if state.failure:
             return _no("NotProgressing", f"{told} {state.failure} {state.trouble}".rstrip())
-        return _no("Progressing", f"{told} {state.trouble}".rstrip())
+        told = f"{told} {state.trouble}".rstrip()
+        if state.broken:
+            return _no("GroupBroken", told)
+        return _no("GroupRestarting", told) if state.restarting else _no("Progressing", told)
 
     return check
 
@@ -255,6 +258,7 @@ _TOLD = ("Accepted", "EnginesReady", "GatewayReady", "Isolated", "Ready")
 _CALM = frozenset(
     {
         "Progressing",
+        "GroupRestarting",
         "NotCreated",
         "FetchingModel",
         "Suspended",

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Workload:
-    """A Deployment as its controller reports it.
+    """A Deployment as its controller reports it, or all groups of pods, each of which counts as one replica.
 
     Attributes:
         desired: replicas asked for.
@@ -23,6 +23,8 @@ class Workload:
         observed: whether the controller has seen the current generation.
         failure: why it makes no progress, in the controller's words; empty when it does.
         trouble: what keeps a pod of it from running, in kubelet's or the scheduler's words.
+        broken: a group of it is not whole any more, as ``trouble`` says.
+        restarting: a group of it starts anew after it broke.
     """
 
     desired: int
@@ -32,6 +34,8 @@ class Workload:
     observed: bool = True
     failure: str = ""
     trouble: str = ""
+    broken: bool = False
+    restarting: bool = False
 
     @property
     def complete(self) -> bool:
