@@ -1,4 +1,4 @@
-"""`python -m bench [gateway] [operator] [--write FILE]`: measure, print a table; exit code 1 when a goal is missed."""
+"""`python -m bench [NAME ...] [--write FILE]`: measure, print a table; exit code 1 when a goal is missed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from bench import control_plane, gateway, report
+from bench import commands, control_plane, gateway, report
 from e2e.cluster import ClusterError
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 BENCHMARKS: dict[str, tuple[Callable[[Path], Iterator[Measured]], tuple[str, ...]]] = {
     "operator": (control_plane.measure, control_plane.NOTES),
     "gateway": (gateway.measure, gateway.NOTES),
+    "commands": (commands.measure, commands.NOTES),
 }
 
 

@@ -21,7 +21,6 @@ import click
 import yaml
 
 from securevllm import __version__, catalogue
-from securevllm.api import types as api
 from securevllm.errors import OperatorError, SpecError
 
 _OUTPUT = click.option(
@@ -492,6 +491,8 @@ def _rendered(owner: Any, accepted: Any, metadata: dict[str, Any], context: Any)
 
 def _resources(stream: TextIO) -> Iterator[dict[str, Any]]:
     """The SecureVLLMDeployments of a manifest; anything else is wrong input."""
+    from securevllm.api import types as api  # noqa: PLC0415 - see the module's docstring
+
     try:
         documents = [document for document in yaml.safe_load_all(stream) if document is not None]
     except yaml.YAMLError as error:

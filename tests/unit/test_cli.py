@@ -136,6 +136,17 @@ def test_routes_are_those_of_the_catalogue() -> None:
     assert {row["gateway"] for row in rows if row["path"] == "/pause"} == {"never"}
 
 
+def test_routes_start_at_once() -> None:
+    """Half a second from the start of the process: no models, no client, no renderer; measured by bench/commands.py."""
+    heavy = "{'pydantic', 'kopf', 'kubernetes', 'aiohttp', 'jinja2', 'cryptography'}"
+    program = (
+        "import sys; from click.testing import CliRunner; from securevllm.cli import main;"
+        f" assert CliRunner().invoke(main, ['routes']).exit_code == 0; sys.exit(str({heavy} & set(sys.modules) or ''))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)  # noqa: S603
+    assert done.stderr.strip() == ""
+
+
 def test_routes_of_a_profile_as_tables() -> None:
     table = run("routes", "--profile", "chat").stdout.splitlines()
     marked = run("routes", "--profile", "chat", "-o", "md").stdout.splitlines()
