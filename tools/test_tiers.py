@@ -69,6 +69,7 @@ TIERS = (
     Tier("catalogue", "vLLM's own releases, read against the tables"),
     Tier("proof", "the gate and the prober: real sockets and network namespaces"),
     Tier("browser", "the page of explain in a real Chromium", workers=0),
+    Tier("fake", "the stand-in for vLLM: every topology as processes"),
     Tier("gateway", "a real Envoy", workers=0),
     Tier("api", "a real kube-apiserver", workers=0, seconds=1800, cluster=True),
 )

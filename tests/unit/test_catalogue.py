@@ -164,3 +164,20 @@ def test_a_range_holds_its_beginning_and_not_its_end() -> None:
     ]
     assert inside == [Version(0, 16), Version(0, 23, 9)]
     assert Version(0, 1) in Range()
+
+
+def test_a_route_needs_the_key_exactly_when_a_guarded_prefix_says_so() -> None:
+    server = catalogue.server()
+    for version in map(Version.parse, table("versions.toml")["compared"]):
+        guarded = server.guarded_in(version)
+        for route in catalogue.routes_of(version).values():
+            assert route.key is route.path.startswith(guarded), (str(version), route.path)
+
+
+def test_what_a_server_knows_is_in_the_other_tables() -> None:
+    server = catalogue.server()
+    assert set(server.answers) <= {route.path for route in catalogue.routes()}
+    assert {service.socket for service in server.services} <= set(catalogue.sockets())
+    assert set(server.flags) >= set(catalogue.flags().owned)
+    assert set(server.flags) & set(catalogue.flags().allowed) == set()
+    assert set(server.flags.values()) <= {"none", "int", "text", "list", "json"}

@@ -100,6 +100,11 @@ class Socket:
         """Whether the kernel chooses the port."""
         return self.port == 0
 
+    @property
+    def ours(self) -> bool:
+        """Whether a program of this project opens it, in the pod but not in vLLM."""
+        return self.knob.startswith("securevllm ")
+
 
 CONTROLS: Mapping[str, str] = MappingProxyType(
     {
@@ -248,6 +253,37 @@ class Environment:
     allowed: dict[str, Setting]
 
 
+@dataclass(frozen=True)
+class Service:
+    """An HTTP route of a socket that is not the API. Columns: see ``data/server.toml``."""
+
+    socket: str
+    method: str
+    path: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Server:
+    """How a vLLM server reads its command line and answers (``data/server.toml``).
+
+    Attributes:
+        guarded: prefixes that the API key guards, with the releases in which it does.
+        answers: path of a route and the kind of its answer.
+        services: HTTP routes of other sockets.
+        flags: kind of value of each flag that no user may set.
+    """
+
+    guarded: tuple[tuple[str, Range], ...]
+    answers: dict[str, str]
+    services: tuple[Service, ...]
+    flags: dict[str, str]
+
+    def guarded_in(self, version: Version) -> tuple[str, ...]:
+        """Prefixes of paths that need the API key in a release."""
+        return tuple(prefix for prefix, versions in self.guarded if version in versions)
+
+
 def _read(name: str) -> dict[str, Any]:
     return tomllib.loads((resources.files(__package__) / "data" / name).read_text(encoding="utf-8"))
 
@@ -346,6 +382,18 @@ def risks() -> dict[str, Risk]:
 def risky_flags() -> dict[str, Risk]:
     """Flags that an accepted risk opens."""
     return {flag: risk for risk in risks().values() for flag in risk.flags}
+
+
+@functools.cache
+def server() -> Server:
+    """What a program that behaves like a vLLM server has to know beside the other tables."""
+    table = _read("server.toml")
+    return Server(
+        guarded=tuple((row.pop("prefix"), _range(row)) for row in map(dict, table["guarded"])),
+        answers=table["answers"],
+        services=tuple(Service(**row) for row in table["services"]),
+        flags=table["flags"],
+    )
 
 
 @functools.cache

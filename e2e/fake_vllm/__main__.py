@@ -1,0 +1,5 @@
+"""``python -m e2e.fake_vllm serve MODEL ...``."""
+
+from e2e.fake_vllm.cli import main
+
+main()
