@@ -17,7 +17,7 @@ Path = tuple[str, ...]
 
 _SAMPLES = (
     "a", "10.0.0.0/8", "1m", "--enforce-eager", "/a", "I accept this for the test", "https://a.example", "0.33.0",
-    "because of the test", "A",
+    "because of the test", "A", "/mnt/a", "http://a.example:3128",
 )  # fmt: skip
 
 

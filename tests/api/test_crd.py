@@ -294,9 +294,17 @@ RULES: dict[str, tuple[Any, Any]] = {
         {"gateway": {"authentication": {"jwt": JWT}}},
         {"gateway": {"authentication": {"jwt": JWT | {"localJwks": {"name": "a", "key": "b"}}}}},
     ),
-    "exactly one of configMap and persistentVolumeClaim": (
-        {"engine": {"volumes": [{"name": "a", "mountPath": "/a", "configMap": {"name": "a"}}]}},
-        {"engine": {"volumes": [{"name": "a", "mountPath": "/a"}]}},
+    "exactly one of configMap, secret, persistentVolumeClaim and emptyDir": (
+        {"engine": {"volumes": [{"name": "a", "mountPath": "/mnt/a", "configMap": {"name": "a"}}]}},
+        {"engine": {"volumes": [{"name": "a", "mountPath": "/mnt/a"}]}},
+    ),
+    "exactly one of value and valueFrom": (
+        {"engine": {"env": [{"name": "TZ", "value": "UTC"}]}},
+        {"engine": {"env": [{"name": "TZ"}]}},
+    ),
+    "exactly one of secretKeyRef and configMapKeyRef": (
+        {"engine": {"env": [{"name": "TZ", "valueFrom": {"configMapKeyRef": {"name": "a", "key": "b"}}}]}},
+        {"engine": {"env": [{"name": "TZ", "valueFrom": {}}]}},
     ),
     "minReplicas is at most maxReplicas": (
         {"gateway": {"autoscaling": {"maxReplicas": 2}}},
@@ -397,14 +405,41 @@ STRICTER: dict[tuple[str, str], str] = {
     ("NotSupportedYet", "this release does not support it"): "the schema is that of the API version, not of a release",
     ("ResourceRefused", "this extended resource may bring a network"): "the list of GPUs grows without a new CRD",
     ("VariableRefused", "only names of the allowlist"): "catalogue",
+    ("VariableRefused", "the operator always sets"): "catalogue",
+    ("VariableRefused", "this variable is refused"): "catalogue",
+    ("VariableRefused", r"vLLM \S+ has no such variable"): "catalogue of the image's version",
+    ("VariableRefused", "not one of the values"): "catalogue",
+    ("VariableRefused", "it needs a value of kind"): "catalogue",
+    ("VariableRefused", "Secrets of this name are the operator's own"): "names of the operator's objects",
+    ("VolumeRefused", "Secrets of this name are the operator's own"): "names of the operator's objects",
+    ("VolumeRefused", "is within the mount of"): "compares items of a list with each other",
+    ("VolumeRefused", "this claim holds the weights"): "depends on the source",
+    ("RevisionNotPinned", ""): "depends on the arguments",
+    ("OutOfBounds", ""): "bounds of the platform",
+    ("EgressRefused", "the rule does not open the proxy's own port"): "reads a number in a URL",
+    ("EgressRefused", "engines send everything through one proxy"): "compares items of a list with each other",
     ("ArgumentRefused", "only exact names of the allowlist"): "catalogue",
     ("ArgumentRefused", "the operator sets this flag"): "catalogue",
-    ("ArgumentRefused", "this flag needs a value of kind"): "catalogue",
+    ("ArgumentRefused", "this flag is a risk"): "catalogue",
+    ("ArgumentRefused", "this flag imports or runs code"): "catalogue",
+    ("ArgumentRefused", "only vLLM .* has this flag"): "catalogue of the image's version",
+    ("ArgumentRefused", "needs a value of kind"): "catalogue",
     ("ArgumentRefused", "this flag takes no value"): "catalogue",
+    ("ArgumentRefused", "this flag takes no JSON"): "catalogue",
+    ("ArgumentRefused", "a value without a flag before it"): "reads several items of a list together",
+    ("ArgumentRefused", "it needs a JSON object"): "JSON in a text",
+    ("ArgumentRefused", "not a key that it may have"): "catalogue",
+    ("ArgumentRefused", "key .*: it needs"): "catalogue",
+    ("ArgumentRefused", "not one of the values"): "catalogue",
+    ("ArgumentRefused", "only a path below a volume"): "depends on the volumes",
+    ("ArgumentRefused", "an adapter is written as"): "catalogue",
+    ("ArgumentRefused", "needs a declared egress"): "depends on the egress",
+    ("ArgumentRefused", "-O is another flag"): "catalogue",
     ("ArgumentRefused", "a flag may stand only once"): "the list is atomic: one flag has many spellings of its value",
     ("AnnotationRefused", "annotations can add interfaces and sidecars"): "allowlist that grows without a new CRD",
     ("AnnotationRefused", "an annotation can publish the Service elsewhere"): "allowlist that grows without a new CRD",
     ("LabelRefused", "labels of Kubernetes, of meshes and of this operator"): "list that grows without a new CRD",
+    ("LabelRefused", "a label with a prefix"): "bounds of the platform",
     ("RouteUnknown", r"vLLM \S+ has no such route"): "catalogue of the image's version",
     ("RouteForbidden", r"this is or could be read as .*, which is never opened"): "catalogue of every version",
     ("RouteUnknown", "an unknown route is one literal path"): "templates are right where the catalogue has them",
@@ -445,6 +480,26 @@ STRICTER: dict[tuple[str, str], str] = {
     ("PortConflict", "would listen on the same port"): "absent ports have defaults of the catalogue",
 }
 
+WRONG_ARGUMENTS: list[list[str]] = [
+    ["--enable-log-requests"], ["--middleware=a.b"], ["--override-pooler-config={}"], ["--dtype.x=1"], ["stray"],
+    ["--hf-overrides=3"], ["--hf-overrides.auto_map=x"], ["--speculative-config.method=x"], ["--load-format=pt"],
+    ["--chat-template=/etc/x"], ["--lora-modules=x"], ["--otlp-traces-endpoint=http://a:4317"], ["-O3"],
+    ["--seed=1", "--seed=1"],
+]  # fmt: skip
+WRONG_VARIABLES: list[dict[str, Any]] = [
+    {"name": "VLLM_PLUGINS", "value": "a"},
+    {"name": "LD_LIBRARY_PATH", "value": "a"},
+    {"name": "NCCL_DEBUG", "value": "a"},
+    {"name": "OMP_NUM_THREADS", "value": "a"},
+    {"name": "TZ", "valueFrom": {"secretKeyRef": {"name": "a-engine-key", "key": "b"}}},
+]
+PROXY: dict[str, Any] = {
+    "to": {"podSelector": {}},
+    "ports": [{"port": 3128}],
+    "proxy": "http://squid:3128",
+    "why": WHY,
+}
+
 # What the systematic mutations below do not reach.
 BEYOND: list[dict[str, Any]] = [
     {"image": "vllm/vllm-openai:v99.0.0"},
@@ -452,6 +507,27 @@ BEYOND: list[dict[str, Any]] = [
     {"engine": {"args": ["--port=1"]}},
     {"engine": {"args": ["--enforce-eager=1"]}},
     {"engine": {"args": ["--max-model-len=many"]}},
+    *({"engine": {"args": args}} for args in WRONG_ARGUMENTS),
+    *({"engine": {"env": [variable]}} for variable in WRONG_VARIABLES),
+    {"image": "vllm/vllm-openai:v0.12.0", "engine": {"env": [{"name": "VLLM_ENGINE_READY_TIMEOUT_S", "value": "9"}]}},
+    {"engine": {"volumes": [{"name": "a", "mountPath": "/mnt/a", "secret": {"secretName": "b-gateway-ca"}}]}},
+    {"engine": {"volumes": [{"name": n, "mountPath": "/mnt/a", "emptyDir": {}} for n in "ab"]}},
+    {
+        "model": {"source": {"huggingFace": None, "persistentVolumeClaim": {"claimName": "w"}}},
+        "engine": {
+            "volumes": [
+                {"name": "a", "mountPath": "/mnt/a", "persistentVolumeClaim": {"claimName": "w", "readOnly": False}}
+            ]
+        },
+    },
+    {
+        "engine": {"args": ["--trust-remote-code"]},
+        "security": {"accept": [{"risk": "trustRemoteCode", "why": WHY}]},
+    },
+    {"security": {"accept": [{"risk": "networkDevices", "why": WHY}]}},
+    {"engine": {"labels": {"example.com/a": "b"}}},
+    {"security": {"egress": [PROXY, PROXY]}},
+    {"security": {"egress": [{**PROXY, "ports": [{"port": 443}]}]}},
     {"engine": {"resources": {"limits": {"nvidia.com/gpu": 3}}}},
     {"engine": {"resources": {"limits": {"nvidia.com/gpu": 1, "amd.com/gpu": 1}}}},
     {"gateway": {"routes": {"allow": [{"method": "POST", "path": "/pause"}]}}},

@@ -27,7 +27,8 @@ from securevllm.errors import Problem, SpecError
 REASON = "OutOfBounds"
 SECRET_REASON = "SecretNotAllowed"  # noqa: S105 - a reason of a condition
 
-_PATTERN = r"^[a-z0-9*]([a-z0-9._/*:-]*[a-z0-9*])?(:[A-Za-z0-9_.*-]{1,128})?(@sha256:[a-f0-9]{64})?$"
+# No * in the first part: it would be any registry.
+_PATTERN = r"^[a-z0-9][a-z0-9.:_-]*(/[a-z0-9._*-]+)*(:[A-Za-z0-9_.*-]{1,128})?(@sha256:[a-f0-9]{64})?$"
 _ANYWHERE = ("0.0.0.0/0", "::/0")
 _DEFAULT_RISKS: tuple[api.Risk, ...] = tuple(name for name in get_args(api.Risk) if catalogue.risks()[name].default)
 
@@ -153,7 +154,7 @@ class Reference:
         first, slash, _ = path.partition("/")
         if not slash:
             path = f"docker.io/library/{path}"
-        elif not re.search(r"[.:]", first) and first not in {"localhost", "*"}:
+        elif not re.search(r"[.:]", first) and first != "localhost":
             path = f"docker.io/{path}"
         return cls(path.removeprefix("index."), tag, digest)
 

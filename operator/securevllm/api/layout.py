@@ -141,6 +141,7 @@ _GONE = {
     "p2p-nccl": "it belonged to the P2pNccl connector, which vLLM 0.24 removed; NIXL's is nixlSideChannel",
 }
 _OPENED_BY = {
+    "group": "several pods in one replica",
     "nodes": "parallelism.nodes above 1",
     "data": "parallelism.data over several pods",
     "nixl": "disaggregation.connector nixl",

@@ -290,6 +290,11 @@ def _quantities(spec: api.Spec) -> Iterator[Problem]:
     values: list[tuple[str, str | int]] = [
         ("spec.engine.sharedMemory", spec.engine.shared_memory),
         ("spec.gateway.limits.requestBody", spec.gateway.limits.request_body),
+        *(
+            (f"spec.engine.volumes[{index}].emptyDir.sizeLimit", volume.empty_dir.size_limit)
+            for index, volume in enumerate(spec.engine.volumes)
+            if volume.empty_dir is not None
+        ),
     ]
     if hub is not None:
         values.append(("spec.model.source.huggingFace.storage.size", hub.storage.size))

@@ -42,12 +42,13 @@ class Unreadable:
 
 @dataclass(frozen=True, order=True)
 class Flag:
-    """A command-line flag of `vllm serve`; type and default as the source writes them."""
+    """A command-line flag of `vllm serve`; type and default as the source writes them, `short` as `-tp`."""
 
     name: str
     where: str
     type: str = ""
     default: str = ""
+    short: str = ""
 
 
 @dataclass(frozen=True, order=True)

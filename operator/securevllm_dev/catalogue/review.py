@@ -102,11 +102,18 @@ def _ranges(found: Findings, version: catalogue.Version) -> Iterator[str]:
             yield f"flags.toml: {name}: {'outside of its versions, but there' if has else 'not in this version'}"
         elif has and (f"--no-{name[2:]}" in names) != (setting.kind == "bool"):
             yield f"flags.toml: {name}: kind {setting.kind}, but its negation says otherwise"
+    for flag in found.flags:
+        if flag.short and flag.short not in _SHORT_REFUSED and catalogue.flags().short.get(flag.short) != flag.name:
+            yield f"flags.toml: {flag.short}: this version's short form of {flag.name}"
     variables = {variable.name for variable in found.environment}
     for name, setting in catalogue.environment().allowed.items():
         # Other prefixes are variables of libraries, which vllm/envs.py does not list.
         if name.startswith("VLLM_") and (name in variables) != (version in setting.versions):
             yield f"environment.toml: {name}: its versions are not those that have it"
+
+
+_SHORT_REFUSED = {"-O", "-dc"}
+"""Short forms that the guard refuses by themselves: -O is another flag in 0.11 than later."""
 
 
 def _listed(name: str, listed: set[str]) -> bool:

@@ -85,7 +85,8 @@ class _Flags:
         positional = any(text and not text.startswith("-") for one in texts for text in one or ())
         if names:
             kind, default = self._described(node)
-            self._add(names, node, kind, default)
+            short = next((t for one in texts for t in one or () if t.startswith("-") and not t.startswith("--")), "")
+            self._add(names, node, kind, default, short)
         elif not positional:
             fields = self._looped(node)
             if fields is None:
@@ -93,9 +94,9 @@ class _Flags:
             for name, kind, default in fields or ():
                 self._add(["--" + name.replace("_", "-")], node, kind, default)
 
-    def _add(self, names: Iterable[str], node: ast.AST, kind: str, default: str) -> None:
+    def _add(self, names: Iterable[str], node: ast.AST, kind: str, default: str, short: str = "") -> None:
         for name in names:
-            self.found.flags.append(Flag(name, self.module.where(node), kind, default))
+            self.found.flags.append(Flag(name, self.module.where(node), kind, default, short))
             if _is_boolean(kind) and not name.startswith("--no-"):
                 self.found.flags.append(Flag("--no-" + name[2:], self.module.where(node), kind, default))
 

@@ -92,7 +92,7 @@ class _Reader:
                 self._one(index, arg)
             except Refused as refused:
                 self._refuse(index, refused.rule, refused.fix)
-                if isinstance(refused, _Unknown):
+                if isinstance(refused, _Unknown) and "=" not in arg:
                     self._skip_values()
 
     def _refuse(self, index: int, rule: str, fix: str) -> None:
@@ -183,6 +183,8 @@ def _why_not(name: str, known: Mapping[str, catalogue.Setting]) -> tuple[str, st
         if positive in dangers:
             fix = "Write its lines as args." if positive == "--config" else "Leave it out."
             return f"this flag {dangers[positive].why}", fix
+    if name.startswith("-O"):
+        return "-O is another flag in vLLM 0.11 than later", "Write --optimization-level or --compilation-config."
     everything = {*known, *flags.owned, *dangers}
     completions = sorted(flag for flag in everything if flag.startswith(name)) if len(name) > len("--") else []
     rule = "only exact names of the allowlist may be passed: a flag can open what the operator closed"
