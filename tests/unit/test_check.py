@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 from click.testing import CliRunner, Result
+from hypothesis import given
+from hypothesis import strategies as st
 
 from securevllm import catalogue
 from securevllm.api.parse import parse
@@ -251,6 +253,20 @@ def test_a_key_from_a_hidden_place_is_not_known() -> None:
     assert "HiddenEnvironment" in codes(item)
 
 
+def test_a_file_of_flags_hides_what_it_says() -> None:
+    item = only(checked(deployment("--config=/etc/vllm.yaml")))
+    assert item.seen.key is None
+    assert "file /etc/vllm.yaml of --config" in found(item, "HiddenEnvironment")[0].message
+    assert "POST /sleep" in answering(item, sure=False)
+
+
+def test_a_port_of_the_node_is_a_way_in() -> None:
+    item = only(checked(deployment(container={"ports": [{"containerPort": 8000, "hostPort": 80}]})))
+    (way,) = item.seen.published
+    assert (way.by, way.how, way.outside) == ("Pod default/m", "hostPort 80 of its node", True)
+    assert found(item, "RoutesPublished")
+
+
 def test_what_routes_depend_on() -> None:
     dev = {"env": [{"name": "VLLM_SERVER_DEV_MODE", "value": "1"}]}
     off = {"env": [{"name": "VLLM_SERVER_DEV_MODE", "value": "0"}]}
@@ -435,6 +451,39 @@ def test_nonsense_in_an_object_ends_nothing(broken: Object) -> None:
     assert text(report)
     assert as_json(report)
     assert list(suggestions(report))
+
+
+ANYTHING = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
+VALID = [obj for path in FILES for obj in yaml.safe_load_all(path.read_text(encoding="utf-8"))] + [
+    CLOSED, service(), policy({"podSelector": {}, "ingress": [{"from": [{"podSelector": {}}], "ports": [{}]}]}),
+]  # fmt: skip
+
+
+def places(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(place for key, item in inner for place in places(item, (*path, key)))]
+
+
+@given(data=st.data())
+def test_no_value_in_any_place_ends_it(data: st.DataObject) -> None:
+    objects = copy.deepcopy(VALID)
+    number = data.draw(st.integers(0, len(objects) - 1))
+    path = data.draw(st.sampled_from([place for place in places(objects[number]) if place]))
+    holder = objects[number]
+    for key in path[:-1]:
+        holder = holder[key]
+    holder[path[-1]] = data.draw(ANYTHING)
+    report = examine(read("f.json", "\n---\n".join(json.dumps(obj) for obj in objects)))
+    assert len(report.workloads) >= len(FILES) - 1
+    assert text(report)
+    assert as_json(report)
+    for _, suggestion in suggestions(report):
+        if suggestion is not None:
+            parse(suggestion.object["metadata"]["name"], suggestion.object["spec"])
 
 
 # --------------------------------------------------------------------------------------------- resources and the whole

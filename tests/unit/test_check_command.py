@@ -29,6 +29,7 @@ def served(variables: dict[str, Variable] | None = None, **container: Any) -> La
     [
         {"image": IMAGE, "args": ["owner/model", *ARGS]},
         {"image": IMAGE, "args": ["--model", "owner/model", *ARGS]},
+        {"image": IMAGE, "args": ["serve", "owner/model", *ARGS]},
         {"image": IMAGE, "args": ["--model=owner/model", "--port=8080"]},
         {"image": "other", "command": ["vllm", "serve", "owner/model", *ARGS]},
         {"image": "other", "command": ["vllm", "serve"], "args": ["owner/model", *ARGS]},

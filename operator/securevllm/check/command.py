@@ -73,7 +73,7 @@ class Launch:
         model: what it serves; empty when it is not said.
         flags: in order.
         variables: environment of the container.
-        hidden: where further variables come from that cannot be seen.
+        hidden: where further variables or flags come from that cannot be seen.
         ray: ``head`` or ``worker`` of a Ray cluster; empty: neither.
         dashboard: Ray's dashboard listens on more than the loopback address.
         unreadable: why the command cannot be read; empty: it can.
@@ -122,7 +122,8 @@ def launch(container: Mapping[str, Any], variables: Mapping[str, Variable], hidd
     command, args = _words(container.get("command")), _words(container.get("args"))
     ours = is_vllm_image(str(container.get("image") or ""))
     # The image's own entry point is `vllm serve`, or in old releases the module with the same flags.
-    words = command + args if command else args if _is_program(args) else ["vllm", "serve", *args] if ours else args
+    started = ["vllm"] if args[:1] == ["serve"] else ["vllm", "serve"]
+    words = command + args if command else args if _is_program(args) or not ours else [*started, *args]
     words = [_expand(word, variables, in_shell=False) for word in words]
     try:
         found = [part for simple in _simple(words, variables) for part in _read(simple)]
@@ -136,6 +137,7 @@ def launch(container: Mapping[str, Any], variables: Mapping[str, Variable], hidd
         )
     served = next((part for part in found if part.serves), Launch())
     ray = next((part for part in found if part.ray), Launch())
+    hidden += tuple(f"file {flag.value} of --config" for flag in served.flags if flag.name == "--config")
     return Launch(served.serves, served.model, served.flags, variables, hidden, ray.ray, ray.dashboard)
 
 

@@ -86,6 +86,10 @@ class Published:
     prefix: str = ""
 
 
+_Names = Mapping[tuple[str, str], set[int | str]]
+"""Ports and port names that lead to the pods, by kind and name of what selects them."""
+
+
 @dataclass(frozen=True)
 class World:
     """What else is in the input.
@@ -229,8 +233,12 @@ def _is_own(peer: netpol.Peer, pod: Pod, pods: Iterable[Pod]) -> bool:
 # ---------------------------------------------------------------------------------------------- Services and routes
 
 
-def published(pod: Pod, port: int, world: World) -> Iterator[Published]:
-    """Services that lead to a port of a pod, and Ingresses and routes that lead to those Services."""
+def published(part: Part, port: int, world: World) -> Iterator[Published]:
+    """Ports of the node and Services that lead to a port of a pod, and Ingresses and routes that lead to those."""
+    pod = part.pod
+    for entry in mappings(part.container.get("ports")):
+        if entry.get("hostPort") and entry.get("containerPort") == port:
+            yield Published(f"Pod {pod.key}", f"hostPort {entry['hostPort']} of its node", outside=True)
     names: defaultdict[tuple[str, str], set[int | str]] = defaultdict(set)
     for namespace, service in world.services:
         if namespace != pod.namespace or not _selects(service, pod):
@@ -244,7 +252,9 @@ def published(pod: Pod, port: int, world: World) -> Iterator[Published]:
         ports = [entry for entry in mappings(_get(service, "spec", "ports")) if _target(entry, pod) == port]
         if not ports and _get(service, "spec", "clusterIP") != "None":
             continue
-        names["Service", name] |= {entry[key] for entry in ports for key in ("port", "name") if entry.get(key)}
+        names["Service", name] |= {
+            value for entry in ports for key in ("port", "name") if isinstance(value := entry.get(key), int | str)
+        }
         kind = str(_get(service, "spec", "type") or "ClusterIP")
         reached = ", ".join(str(entry.get("port")) for entry in ports) or "the pods' own ports"
         external = kind in {"NodePort", "LoadBalancer"} or bool(_get(service, "spec", "externalIPs"))
@@ -255,9 +265,7 @@ def published(pod: Pod, port: int, world: World) -> Iterator[Published]:
         yield from _ways(namespace, way, names, pod.namespace)
 
 
-def _ways(
-    namespace: str, way: Mapping[str, Any], names: Mapping[tuple[str, str], set[int | str]], home: str
-) -> Iterator[Published]:
+def _ways(namespace: str, way: Mapping[str, Any], names: _Names, home: str) -> Iterator[Published]:
     by = f"{way['kind']} {namespace}/{_get(way, 'metadata', 'name')}"
     if way["kind"] == "Ingress":
         if namespace == home:
@@ -282,15 +290,13 @@ def _ways(
                 yield Published(by, f"{host}path matches {value}", outside=True, prefix="/")
 
 
-def _ingress(way: Mapping[str, Any], names: Mapping[tuple[str, str], set[int | str]]) -> Iterator[tuple[str, str, str]]:
-    default = _get(way, "spec", "defaultBackend", "service")
-    if isinstance(default, Mapping) and ("Service", str(default.get("name"))) in names:
+def _ingress(way: Mapping[str, Any], names: _Names) -> Iterator[tuple[str, str, str]]:
+    if _is_backend(_get(way, "spec", "defaultBackend", "service"), names):
         yield "default backend: every path", "", "/"
     for rule in mappings(_get(way, "spec", "rules")):
         host = f"host {rule['host']}, " if rule.get("host") else ""
         for entry in mappings(_get(rule, "http", "paths")):
-            service = _get(entry, "backend", "service")
-            if not isinstance(service, Mapping) or ("Service", str(service.get("name"))) not in names:
+            if not _is_backend(_get(entry, "backend", "service"), names):
                 continue
             path = str(entry.get("path") or "/")
             if entry.get("pathType") == "Exact":
@@ -301,15 +307,24 @@ def _ingress(way: Mapping[str, Any], names: Mapping[tuple[str, str], set[int | s
                 yield f"{host}path {path}, as the controller reads it", "", "/"
 
 
+def _is_backend(service: Any, names: _Names) -> bool:
+    """Whether an IngressServiceBackend is one of the Services, at one of the ports that lead to the pods."""
+    ports = names.get(("Service", str(_get(service, "name")))) if isinstance(service, Mapping) else None
+    return ports is not None and any(
+        isinstance(port := _get(service, "port", key), int | str) and port in ports for key in ("number", "name")
+    )
+
+
 def _below(path: str) -> str:
     return "every path" if path == "/" else f"path {path} and below"
 
 
-def _backend(
-    backend: Mapping[str, Any], names: Mapping[tuple[str, str], set[int | str]], namespace: str, home: str
-) -> bool:
+def _backend(backend: Mapping[str, Any], names: _Names, namespace: str, home: str) -> bool:
     kind = str(backend.get("kind") or "Service")
-    return (backend.get("namespace") or namespace) == home and (kind, str(backend.get("name"))) in names
+    ports = names.get((kind, str(backend.get("name"))))
+    port = backend.get("port")
+    right = kind != "Service" or (ports is not None and isinstance(port, int) and port in ports)
+    return (backend.get("namespace") or namespace) == home and ports is not None and right
 
 
 def _selects(service: Mapping[str, Any], pod: Pod) -> bool:

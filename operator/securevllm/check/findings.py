@@ -121,7 +121,7 @@ def look(workload: Workload, world: World) -> Seen:
         key,
         tuple(_answers(server.launch, version, key)),
         tuple(listening),
-        tuple(exposure.published(server.pod, port, world)),
+        tuple(exposure.published(server, port, world)),
     )
 
 
@@ -198,8 +198,8 @@ def _unreadable(seen: Seen, _: World) -> Iterator[Finding]:
             yield Finding(
                 Severity.LOW,
                 "HiddenEnvironment",
-                f"variables from {', '.join(part.launch.hidden)} cannot be seen: they may open routes",
-                "name each variable under env",
+                f"what comes from {', '.join(part.launch.hidden)} cannot be seen: it may open routes, or set a key",
+                "name each variable under env, and each flag in args",
             )
 
 

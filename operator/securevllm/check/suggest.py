@@ -121,12 +121,12 @@ def _model(part: Part, flags: Mapping[str, Flag], pods: int, notes: list[str]) -
 def _claim(part: Part, path: str) -> dict[str, str] | None:
     """The claim that a path of the model lies in."""
     claims = {
-        volume.get("name"): claim.get("claimName")
+        str(volume.get("name")): claim.get("claimName")
         for volume in mappings(part.spec.get("volumes"))
         if isinstance(claim := volume.get("persistentVolumeClaim"), Mapping)
     }
     for mount in mappings(part.container.get("volumeMounts")):
-        folder, name = str(mount.get("mountPath") or "").rstrip("/"), claims.get(mount.get("name"))
+        folder, name = str(mount.get("mountPath") or "").rstrip("/"), claims.get(str(mount.get("name")))
         if name and folder and (path == folder or path.startswith(f"{folder}/")):
             below = "/".join(filter(None, (str(mount.get("subPath") or ""), path[len(folder) :].strip("/"))))
             return {"claimName": str(name), **({"path": below} if below else {})}
@@ -230,10 +230,10 @@ def _arguments(flags: Mapping[str, Flag], version: catalogue.Version, notes: lis
 
 def _shared_memory(part: Part) -> str | None:
     mounts = mappings(part.container.get("volumeMounts"))
-    names = {mount.get("name") for mount in mounts if mount.get("mountPath") == _SHARED_MEMORY}
+    names = {str(mount.get("name")) for mount in mounts if mount.get("mountPath") == _SHARED_MEMORY}
     for volume in mappings(part.spec.get("volumes")):
         size = _get(volume, "emptyDir", "sizeLimit")
-        if volume.get("name") in names and size is not None:
+        if str(volume.get("name")) in names and size is not None:
             return str(size)
     return None
 
