@@ -140,7 +140,7 @@ def _is_child(obj: Mapping[str, Any], owners: frozenset[tuple[str, str]]) -> boo
         return True
     references = metadata.get("ownerReferences") or []
     return isinstance(references, list) and any(
-        isinstance(item, Mapping) and (item.get("kind"), item.get("name")) in owners for item in references
+        isinstance(item, Mapping) and (str(item.get("kind")), str(item.get("name"))) in owners for item in references
     )
 
 
