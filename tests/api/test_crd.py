@@ -458,7 +458,6 @@ STRICTER: dict[tuple[str, str], str] = {
     ("InvalidSpec", "the fetch Job has to write into the volume"): "ReadOnlyMany is right beside another mode",
     ("InvalidSpec", r"the parallelism needs \d+ GPUs"): "arithmetic over two fields and the list of GPUs",
     ("InvalidSpec", "with disaggregation each side has its own"): "whether parallelism was said at all",
-    ("ArgumentRefused", "no flag of the router"): "catalogue",
     ("NotSupportedYet", "the router knows one address"): "the same type without disaggregation may say it",
     ("WorldMismatch", "GPUs cannot be spread evenly"): "arithmetic over several fields with defaults",
     ("WorldMismatch", "ranks cannot be spread evenly"): "arithmetic over several fields with defaults",

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from securevllm import catalogue
-from securevllm.api.guard import arguments
+from securevllm.api.guard import arguments, pod
 from securevllm.api.parse import Accepted, parse
 from securevllm.context import Context
 from securevllm.errors import Problem, SpecError
@@ -438,6 +438,19 @@ def test_weights_stay_read_only() -> None:
 )  # fmt: skip
 def test_no_other_field_of_a_pod_is_offered(field: str) -> None:
     assert reasons(engine={field: True}) == {"InvalidSpec"}
+
+
+@pytest.mark.parametrize("field", pod.NOT_OFFERED)
+def test_a_field_that_people_look_for_is_refused_with_the_way_out(field: str) -> None:
+    places: list[dict[str, Any]] = [
+        {field: {}},
+        {"volumes": [{"name": "a", "mountPath": "/mnt/a", field: {}}]},
+        {"env": [{"name": "TZ", "valueFrom": {field: {}}}]},
+    ]
+    rule, fix = pod.NOT_OFFERED[field]
+    for place in places:
+        told = [problem for problem in problems(engine=place) if problem.field.endswith(field)]
+        assert {(problem.rule, problem.fix) for problem in told} == {(rule, fix)}
 
 
 # -------------------------------------------------------------------------------------------------------------- media

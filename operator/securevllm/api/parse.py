@@ -25,6 +25,7 @@ from securevllm.api import types as api
 from securevllm.api.addresses import IPV4_MAPPED, is_public
 from securevllm.api.advisories import Hit, hits
 from securevllm.api.applicable import unapplicable
+from securevllm.api.guard.pod import NOT_OFFERED
 from securevllm.api.placement import LabelSelector
 from securevllm.api.schema import size_problems
 from securevllm.api.units import LARGEST, quantity
@@ -121,6 +122,8 @@ def _schema_problems(error: ValidationError) -> list[Problem]:
         shown = str(value)[:80] if isinstance(value, str | int | float | bool) else ""
         names = itertools.takewhile(_FIELD.fullmatch, (part for part in path if isinstance(part, str)))
         fix = f"See: kubectl explain {'.'.join(('securevllmdeployment.spec', *names))}"
+        if item["type"] == "extra_forbidden" and path[-1] in NOT_OFFERED:
+            told, fix = NOT_OFFERED[str(path[-1])]
         problems.append(Problem(field, "InvalidSpec", told, fix, shown))
     return problems
 

@@ -43,7 +43,7 @@ class BlindSpot:
 
 
 UNSEEN = (
-    BlindSpot("RDMA", "RDMA and secondary interfaces do not cross the pod network; specs cannot ask for them."),
+    BlindSpot("RDMA", "It does not cross the pod network, nor do secondary interfaces; a spec that has it accepts it."),
     BlindSpot("Host network", "A pod with hostNetwork has its node's address: policies cannot tell it from the node."),
     BlindSpot("exec and port-forward", "They come through the API server and the node; RBAC alone decides about them."),
     BlindSpot("A pod's own node", "It reaches every port of its pods, as kubelet's probes must: no policy stops it."),

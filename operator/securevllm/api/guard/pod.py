@@ -51,6 +51,24 @@ OWN_SECRETS = ("-client-keys", "-engine-key", "-gateway-auth", "-gateway-ca", "-
 """Ends of the names of Secrets that the operator makes (render/gateway.py, render/engine.py)."""
 
 
+_NODE = "pods share nothing with their node, where no NetworkPolicy reaches"
+_FIXED = "the operator alone decides about the pod, its containers and their rights"
+_VOLUMES = "volumes are configMap, secret, persistentVolumeClaim and emptyDir: nothing of the node, no code of a driver"
+NOT_OFFERED: Mapping[str, tuple[str, str]] = {
+    "envFrom": ("it would bring names that nobody sees", "Name each variable in env, with valueFrom."),
+    "fieldRef": ("engines learn nothing about their node", "Use secretKeyRef or configMapKeyRef."),
+    **dict.fromkeys(
+        ("hostNetwork", "hostPID", "hostIPC", "hostUsers", "hostPort", "dnsPolicy"), (_NODE, "Leave it out.")
+    ),
+    **dict.fromkeys(("hostPath", "csi", "projected", "ephemeral", "nfs"), (_VOLUMES, "Use a persistentVolumeClaim.")),
+    **dict.fromkeys(
+        ("containers", "initContainers", "securityContext", "serviceAccountName", "command", "volumeMounts"),
+        (_FIXED, "Leave it out; docs/guard.md has what may be set."),
+    ),
+}
+"""Fields of a pod that people look for, and why a spec has none of them."""
+
+
 def is_gpu(resource: str) -> bool:
     """Whether an extended resource is a GPU that the operator knows."""
     return _GPU.fullmatch(resource) is not None
