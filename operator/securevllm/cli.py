@@ -158,6 +158,8 @@ def main() -> None:
     \b
     A first look, without a cluster:
         securevllm render -f manifests/samples/quickstart.yaml
+    What a deployment that you already have exposes:
+        securevllm check -f vllm.yaml
     In a cluster the operator is installed with:
         kubectl apply -k manifests/install
     """  # noqa: D301 - click wants the character
@@ -395,7 +397,7 @@ def check(  # noqa: PLR0917 - click gives one argument per option
         _wrong("check needs -f FILE, or --namespace NAME to read a live one")
     context = _context(**cluster)
     if paths:
-        given: Any = (item for name, content in _contents(paths) for item in core.read(name, content))
+        given: Any = (item for name, content in _contents(paths, core.MAX_BYTES) for item in core.read(name, content))
     else:
         given = _live(str(namespace), kubeconfig)
     report = core.examine(given, namespace or "default", context, _bounds(bounds_file), live=not paths)
@@ -413,17 +415,18 @@ def check(  # noqa: PLR0917 - click gives one argument per option
     sys.exit(int(any(finding.severity >= threshold for finding in report.every())))
 
 
-def _contents(paths: tuple[Path, ...]) -> Iterator[tuple[str, str]]:
-    """Name and text of every file; a byte that is no UTF-8 becomes a mark that YAML refuses, with its line."""
+def _contents(paths: tuple[Path, ...], limit: int) -> Iterator[tuple[str, str]]:
+    """Name and text of every file, cut off behind the limit; a byte that is no UTF-8 becomes a mark."""
     for path in paths:
         if str(path) == "-":
-            yield "<stdin>", sys.stdin.buffer.read().decode("utf-8", errors="replace")
+            yield "<stdin>", sys.stdin.buffer.read(limit + 1).decode("utf-8", errors="replace")
             continue
         files = sorted(item for item in path.rglob("*") if item.suffix in _SUFFIXES) if path.is_dir() else [path]
         if not files:
             yield str(path), ""
         for file in files:
-            yield str(file), file.read_bytes().decode("utf-8", errors="replace")
+            with file.open("rb") as stream:
+                yield str(file), stream.read(limit + 1).decode("utf-8", errors="replace")
 
 
 _SUFFIXES = frozenset({".yaml", ".yml", ".json"})

@@ -140,6 +140,14 @@ def test_a_minimum_says_nothing_of_an_unreadable_tag() -> None:
     assert parse("llama", {**raw, "vllmVersion": {"minimum": "0.33.0", "assume": "0.33.0"}}).risks
 
 
+def test_a_release_that_nobody_catalogued_needs_an_assumption_that_the_status_shows() -> None:
+    newer = f"vllm/vllm-openai:v0.{catalogue.newest().minor + 1}.0"
+    assert _reasons({**FINE, "image": newer}) == {"VersionUnknown"}
+    found = parse("llama", {**FINE, "image": newer, "vllmVersion": {"assume": str(catalogue.newest())}})
+    assert found.version == catalogue.newest()
+    assert found.risks == ("vllmVersion.assume: the routes are those of 0.33.0, whatever the image holds",)
+
+
 def _reasons(raw: dict[str, Any]) -> set[str]:
     try:
         parse("llama", raw)

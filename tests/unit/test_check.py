@@ -151,6 +151,13 @@ def test_what_is_suggested_is_accepted(path: Path) -> None:
     assert made["metadata"]["namespace"] == workload.namespace
 
 
+@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
+def test_all_that_is_suggested_can_be_rendered(path: Path) -> None:
+    result = run("check", "-f", str(path), "--suggest", "--fail-on", "never")
+    rendered = run("render", "-f", "-", "-o", "json", stdin=result.stdout)
+    assert rendered.exit_code == 0, rendered.output
+
+
 def test_what_is_suggested_can_be_rendered() -> None:
     result = run("check", "-f", str(PUBLISHED / "k8s-gpu.yaml"), "--suggest", "--fail-on", "never")
     assert result.exit_code == 0, result.output

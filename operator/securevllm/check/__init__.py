@@ -15,7 +15,7 @@ from securevllm.api import types as api
 from securevllm.api.bounds import PlatformBounds
 from securevllm.api.parse import parse
 from securevllm.check import findings, resource
-from securevllm.check.documents import Document, Source, Wrong, objects, read
+from securevllm.check.documents import MAX_BYTES, Document, Source, Wrong, objects, read
 from securevllm.check.exposure import World
 from securevllm.check.findings import Finding, Severity
 from securevllm.check.report import Checked, Report, as_json, line, text
@@ -47,6 +47,7 @@ _NO_UID = "00000000-0000-0000-0000-000000000000"
 
 __all__ = [
     "ADMISSION_POLICIES",
+    "MAX_BYTES",
     "Document",
     "Report",
     "Severity",

@@ -61,7 +61,7 @@ def read(name: str, text: str) -> Iterator[Document | Wrong]:
         name: of the file, for messages.
         text: its content.
     """
-    if len(text) > MAX_BYTES:
+    if len(text.encode()) > MAX_BYTES:
         yield Wrong(Source(name), f"has more than {MAX_BYTES // 1024 // 1024} MiB")
         return
     count = 0
