@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from securevllm import catalogue, explain
@@ -21,7 +21,7 @@ from securevllm.context import CidrPeer, Context, PodPeer, Selector, namespace
 from securevllm.explain.words import BlindSpot, Fact, Flow, Peer, Pods, Route
 from securevllm.render.gateway import allowed_routes
 from securevllm.render.meta import Owner
-from securevllm.topology import PortRule, Socket, plan
+from securevllm.topology import PortRule, Role, Socket, plan
 
 ROOT = Path(__file__).parents[2]
 FINE: dict[str, Any] = {"model": {"name": "/models/llama"}, "image": "vllm/vllm-openai:v0.33.0"}
@@ -249,6 +249,7 @@ def test_words_are_one_printable_line() -> None:
 
 @given(words=st.sampled_from(ATTACKS) | st.text(max_size=40))
 def test_no_word_becomes_markup(words: str) -> None:
+    assume(words not in set(Role))  # `filled` writes them into roles too, which no user does: the drawing places those
     seen = view(**RICH)
     harmless, attacked = (Skeleton(explain.html(filled(seen, text))) for text in ("x", words))
     assert attacked.tags == harmless.tags
