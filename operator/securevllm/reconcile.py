@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import structlog
 
 from securevllm.api import bounds, kinds
+from securevllm.api.guard.pod import network_devices
 from securevllm.api.kinds import KubeObject, Ref
 from securevllm.api.parse import Accepted, parse, parse_accepted
 from securevllm.api.units import seconds
@@ -348,6 +349,7 @@ class Reconciler:
             version=str(wanted.version),
             advisories=wanted.advisories,
             verification=spec.security.verification.mode,
+            devices=network_devices(spec.engine.resources, self._bounds),
         )
         if runs and not workloads.failures:
             outcome += await self._rollout.prune(rendered, look)
@@ -463,4 +465,6 @@ def _engine_secrets(spec: api.Spec, found: Facts) -> dict[str, str | None]:
         wanted["model.source.huggingFace.tokenSecretRef"] = hub.token_secret_ref.name
     if found.engine is None or not found.engine.complete:
         wanted |= {f"imagePullSecrets[{n}]": ref.name for n, ref in enumerate(spec.image_pull_secrets)}
+        named = ((field.removeprefix("spec."), name) for field, name in bounds.secrets(spec))
+        wanted |= {field: name for field, name in named if field.startswith("engine.")}
     return wanted

@@ -410,7 +410,7 @@ STRICTER: dict[tuple[str, str], str] = {
     ("VariableRefused", r"vLLM \S+ has no such variable"): "catalogue of the image's version",
     ("VariableRefused", "not one of the values"): "catalogue",
     ("VariableRefused", "it needs a value of kind"): "catalogue",
-    ("VariableRefused", "Secrets of this name are the operator's own"): "names of the operator's objects",
+    ("SecretRefused", "Secrets of this name are the operator's own"): "names of the operator's objects",
     ("VolumeRefused", "Secrets of this name are the operator's own"): "names of the operator's objects",
     ("VolumeRefused", "is within the mount of"): "compares items of a list with each other",
     ("VolumeRefused", "this claim holds the weights"): "depends on the source",

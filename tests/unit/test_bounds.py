@@ -10,7 +10,9 @@ import yaml
 from click.testing import CliRunner
 
 from securevllm.api import bounds
+from securevllm.api import types as api
 from securevllm.api.bounds import PlatformBounds, Reference, SecretLabel, image_matches
+from securevllm.api.guard.pod import network_devices
 from securevllm.api.parse import parse, parse_accepted
 from securevllm.cli import main
 from securevllm.errors import OperatorError, SpecError
@@ -131,6 +133,14 @@ def test_a_network_device_needs_the_word_of_both() -> None:
     assert refused(device | risk, gateway=gateway, security=accepted) == {
         ("spec.gateway.resources.limits", "ResourceRefused")
     }
+
+
+def test_devices_that_may_be_networks_are_told_from_those_that_are_none() -> None:
+    limits = bounds.read({"extendedResources": ["habana.ai/gaudi"], "networkDevices": ["rdma/hca"]})
+    amounts = {"cpu": 1, "nvidia.com/gpu": 1, "habana.ai/gaudi": 1, "rdma/hca": 1, "x.example/unknown": 1}
+    resources = api.Resources.model_validate({"limits": amounts, "requests": {"y.example/unknown": 1}})
+    assert network_devices(resources, limits) == ("rdma/hca", "x.example/unknown", "y.example/unknown")
+    assert network_devices(None, limits) == ()
 
 
 def test_an_accepted_spec_is_not_judged_by_narrower_bounds() -> None:

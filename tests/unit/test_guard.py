@@ -290,7 +290,9 @@ def test_a_value_from_a_secret_or_config_map_is_for_names_of_the_allowlist() -> 
 @pytest.mark.parametrize("end", ["-client-keys", "-engine-key", "-gateway-auth", "-gateway-ca", "-gateway-tls"])
 def test_secrets_of_the_operator_reach_no_engine(end: str) -> None:
     source = {"secretKeyRef": {"name": f"other{end}", "key": "x"}}
-    assert reasons(engine={"env": [{"name": "TZ", "valueFrom": source}]}) == {"VariableRefused"}
+    assert reasons(engine={"env": [{"name": "TZ", "valueFrom": source}]}) == {"SecretRefused"}
+    token = {"tokenSecretRef": {"name": f"other{end}", "key": "x"}, "endpoint": "https://evil.example"}
+    assert reasons(model={"name": "a/b", "source": {"huggingFace": token}}) == {"SecretRefused"}
     volume = {"name": "a", "mountPath": "/mnt/a", "secret": {"secretName": f"other{end}"}}
     assert reasons(engine={"volumes": [volume]}) == {"VolumeRefused"}
 

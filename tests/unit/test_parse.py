@@ -448,6 +448,13 @@ REFUSED: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
         ("40 hexadecimal digits",),
     ),
     (
+        "secret of the operator",
+        engine(env=[{"name": "TZ", "valueFrom": {"secretKeyRef": {"name": "a-engine-key", "key": "seal-key"}}}]),
+        "spec.engine.env[0].valueFrom.secretKeyRef.name",
+        "SecretRefused",
+        ("operator's own", "a Secret of yours"),
+    ),
+    (
         "risk out of bounds",
         {"security": {"accept": [{"risk": "networkDevices", "why": "it needs InfiniBand"}]}},
         "spec.security.accept[0].risk",
@@ -628,7 +635,8 @@ def test_every_reason_is_tried() -> None:
         "AnnotationRefused", "ArgumentRefused", "ClientsRequired", "EgressRefused", "InvalidSpec",
         "LabelRefused", "LoadBalancingRefused", "ModelSourceMissing", "NameTooLong", "NotSupportedYet",
         "OutOfBounds", "PortConflict", "PortUnused", "ResourceRefused", "RevisionNotPinned", "RouteForbidden",
-        "RouteUnknown", "StorageNotShared", "VariableRefused", "VersionBelowFloor", "VersionBelowMinimum",
+        "RouteUnknown", "SecretRefused",
+        "StorageNotShared", "VariableRefused", "VersionBelowFloor", "VersionBelowMinimum",
         "VersionLacks", "VersionUnknown", "VersionUnreadable", "VolumeRefused", "WorldMismatch",
     }  # fmt: skip
 

@@ -128,6 +128,7 @@ CASES: list[tuple[str, str, str, str, dict[str, Any]]] = [
     ("Isolated", "False", "ApplyFailed", "quota", {"failures": (failure("isolation", "NetworkPolicy a"),)}),
     ("Isolated", "False", "DriftContested", "NetworkPolicy a", {"failures": (CONTESTED,)}),
     ("Isolated", "Unknown", "VerificationDisabled", "nothing is measured", {"verification": "Disabled"}),
+    ("Isolated", "False", "NetworkDevices", "rdma/hca: what crosses such a network", {"devices": ("rdma/hca",)}),
     ("Ready", "False", "VersionUnreadable", "Accepted: spec.image", {"problems": (WRONG,), "suspended": True}),
     ("Ready", "False", "Suspended", "EnginesReady: ", {"suspended": True}),
     ("Ready", "False", "SecretMissing", "GatewayReady: ", {"missing": ("Secret a does not exist.",)}),

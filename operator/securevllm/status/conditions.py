@@ -152,6 +152,13 @@ def _gateway_ready(facts: Facts) -> Verdict | None:
 # ---------------------------------------------------------------------------------------------------------- Isolated
 
 
+def _network_devices(facts: Facts) -> Verdict | None:
+    if not facts.devices:
+        return None
+    told = f"Engines have {', '.join(facts.devices)}: what crosses such a network, no NetworkPolicy sees"
+    return _no("NetworkDevices", f"{told}. The spec accepted that.")
+
+
 def _not_measured(facts: Facts) -> Verdict | None:
     if facts.verification == "Disabled":
         told = "spec.security.verification.mode is Disabled: nothing is measured."
@@ -191,7 +198,7 @@ _CHECKS: Mapping[str, tuple[Check, ...]] = {
         _unconnected,
         _gateway_ready,
     ),
-    "Isolated": (_failures_of("isolation"), _not_measured),
+    "Isolated": (_failures_of("isolation"), _network_devices, _not_measured),
 }
 
 

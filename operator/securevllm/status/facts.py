@@ -105,6 +105,7 @@ class Facts:
         failures: children that could not be brought to what they should be.
         outdated: workloads that a newer operator would render differently.
         risks: what the spec gives up.
+        devices: extended resources of engines that are networks, or that nobody said are none.
         url: where clients find the gateway.
         selector: one pod per model replica.
         version: the vLLM version, as claimed by the image.
@@ -128,6 +129,7 @@ class Facts:
     failures: tuple[Failure, ...] = ()
     outdated: tuple[str, ...] = ()
     risks: tuple[str, ...] = ()
+    devices: tuple[str, ...] = ()
     url: str = ""
     selector: str = ""
     version: str = ""

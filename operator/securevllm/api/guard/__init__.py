@@ -34,13 +34,7 @@ def check(spec: api.Spec, version: catalogue.Version, bounds: PlatformBounds) ->
     yield from _remote_code(spec)
     yield from _traces(spec)
     yield from environment.check(engine.env, version)
-    yield from pod.check_secret_names(
-        {
-            f"spec.engine.env[{index}].valueFrom.secretKeyRef.name": variable.value_from.secret_key_ref.name
-            for index, variable in enumerate(engine.env)
-            if variable.value_from is not None and variable.value_from.secret_key_ref is not None
-        }
-    )
+    yield from pod.check_secret_names(_handed_out(spec))
     yield from pod.check_labels(engine.labels, bounds)
     yield from pod.check_annotations(engine.annotations, bounds)
     yield from pod.check_service_annotations(spec.gateway.service.annotations, bounds)
@@ -57,6 +51,19 @@ def check(spec: api.Spec, version: catalogue.Version, bounds: PlatformBounds) ->
             accepted=accepted,
         )
     yield from pod.check_volumes(spec)
+
+
+def _handed_out(spec: api.Spec) -> dict[str, str]:
+    """Fields that give a Secret's content to an engine, or to a hub of the user's choice, and the Secrets' names."""
+    found = {
+        f"spec.engine.env[{index}].valueFrom.secretKeyRef.name": variable.value_from.secret_key_ref.name
+        for index, variable in enumerate(spec.engine.env)
+        if variable.value_from is not None and variable.value_from.secret_key_ref is not None
+    }
+    hub = spec.model.source.hugging_face if spec.model.source is not None else None
+    if hub is not None and hub.token_secret_ref is not None:
+        found["spec.model.source.huggingFace.tokenSecretRef.name"] = hub.token_secret_ref.name
+    return found
 
 
 def trusts_remote_code(spec: api.Spec) -> bool:

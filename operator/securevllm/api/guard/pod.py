@@ -131,12 +131,12 @@ def check_service_annotations(annotations: Iterable[str], bounds: PlatformBounds
             )
 
 
-def network_devices(resources: api.Resources | None) -> tuple[str, ...]:
-    """Extended resources that are no GPU and that the core does not know: networks, as far as anybody can tell."""
+def network_devices(resources: api.Resources | None, bounds: PlatformBounds) -> tuple[str, ...]:
+    """Extended resources that are no GPU, and of which the platform did not say that they are no network."""
     if resources is None:
         return ()
-    names = {*resources.requests, *resources.limits}
-    return tuple(sorted(name for name in names if name not in _PLAIN_RESOURCES and not is_gpu(name)))
+    names = {*resources.requests, *resources.limits} - {*_PLAIN_RESOURCES, *bounds.extended_resources}
+    return tuple(sorted(name for name in names if not is_gpu(name)))
 
 
 def check_resources(
@@ -251,11 +251,11 @@ OWN_SECRET = (
 
 
 def check_secret_names(names: Mapping[str, str]) -> Iterator[Problem]:
-    """Variables of engines from Secrets that the operator makes for itself.
+    """Secrets that the operator makes for itself, where a spec would hand them to an engine or to a hub.
 
     Args:
         names: field of the spec to the name of a Secret.
     """
     for field, name in names.items():
         if name.endswith(OWN_SECRETS):
-            yield Problem(field, "VariableRefused", *OWN_SECRET, name)
+            yield Problem(field, "SecretRefused", *OWN_SECRET, name)
