@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from e2e import images
-from e2e.cluster import Cluster, running
+from e2e.cluster import Cluster, lifecycle, load, running
 from e2e.workload import Cells, advertise_gpus, install_operator, new_namespace, workers
 
 if TYPE_CHECKING:
@@ -21,13 +22,14 @@ ARTEFACTS = Path(__file__).resolve().parents[1] / "build" / "e2e"
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Cluster]:
-    """Run a cluster with two nodes that know the project's images."""
+    """Run a cluster with two nodes that know the project's images, or use the one that SVLLM_KUBECONFIG names."""
+    if ours := _started_by_hand():
+        _load_images(ours)
+        yield ours
+        return
     with running(progress=_tell, node_count=2) as own:
         if own.provider != "kubeconfig":  # there, images are where its owner has put them
-            for image in images.every():
-                _tell(f"loading {image.name}")
-                image.prepare(_tell)
-            own.load_images(images.every())
+            _load_images(own)
         yield own
 
 
@@ -70,8 +72,25 @@ def other_namespace(kubectl: Kubectl) -> Iterator[str]:
 def cells(request: pytest.FixtureRequest) -> Iterator[Cells]:
     """Collect what was tried; at the end every cell must be as expected, and the table is in build/e2e."""
     table = Cells(ARTEFACTS / f"{request.node.name}.txt")
+    failed = request.session.testsfailed
     yield table
-    table.close()
+    table.write()
+    if request.session.testsfailed == failed:  # otherwise there is a better reason already
+        table.check_all()
+
+
+def _started_by_hand() -> Cluster | None:
+    """Find the cluster of `python -m e2e.cluster up` that SVLLM_KUBECONFIG names."""
+    given = os.environ.get("SVLLM_KUBECONFIG")
+    found = (load(name) for name in lifecycle.names()) if given else ()
+    return next((cluster for cluster in found if cluster and str(cluster.kubeconfig) == given), None)
+
+
+def _load_images(cluster: Cluster) -> None:
+    for image in images.every():
+        _tell(f"loading {image.name}")
+        image.prepare(_tell)
+        cluster.load_images([image])
 
 
 def _tell(line: str) -> None:

@@ -76,6 +76,8 @@ def engine() -> Image:
     """A stand-in for vLLM with the commands `vllm` and `hf`, under the name in the quickstart sample."""
     resource = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
     files: dict[str, Path | str] = {
+        # What an engine's first init container runs, so that its image is pulled before the gate has its turn.
+        "/bin/true": "#!/usr/local/bin/python\n",
         "/usr/local/bin/vllm": _VLLM,
         "/usr/local/bin/hf": _HF,
         f"{python_root.APPLICATION}/stand_in_engine.py": ROOT / "e2e" / "stand_in_engine.py",

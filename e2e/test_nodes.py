@@ -9,7 +9,18 @@ import yaml
 
 from e2e import images
 from e2e.reach import OPEN, SILENT
-from e2e.workload import PORT, apply, condition, pods_of, policy, secret, start_pods, until
+from e2e.workload import (
+    PORT,
+    apply,
+    condition,
+    pods_of,
+    policy,
+    reach_all,
+    secret,
+    start_pods,
+    until,
+    until_resource_ready,
+)
 
 if TYPE_CHECKING:
     from e2e.cluster.kubectl import Kubectl
@@ -38,27 +49,20 @@ def test_default_deny_is_enforced_in_both_directions(
 ) -> None:
     guarded = pods["guarded"]
     others = [pod for pod in pods.values() if pod is not guarded]
-    outward = [f"{pod.ip}:{PORT}" for pod in others]
+    ways: dict[Pod, list[str]] = {pod: [f"{guarded.ip}:{PORT}"] for pod in others}
+    ways[guarded] = [f"{pod.ip}:{PORT}" for pod in others]
 
-    def look(scene: str, expected: str) -> None:
-        for pod in others:
-            target = f"{guarded.ip}:{PORT}"
-            cells.check(scene, pod.name, {target: expected}, pod.reach([target]))
-        cells.check(scene, guarded.name, dict.fromkeys(outward, expected), guarded.reach(outward))
+    def expect(answer: str) -> dict[Pod, dict[str, str]]:
+        return {pod: dict.fromkeys(targets, answer) for pod, targets in ways.items()}
 
-    def blocked() -> bool:
-        return set(guarded.reach(outward).values()) == {SILENT} and all(
-            pod.reach([f"{guarded.ip}:{PORT}"]).popitem()[1] == SILENT for pod in others
-        )
-
-    look("no policy", OPEN)
+    cells.check("no policy", expect(OPEN))
     apply(kubectl, policy("deny", namespace, DENY))
-    until(blocked, "the policy is enforced", seconds=30)
-    look("denied", SILENT)
+    until(lambda: reach_all(ways) == expect(SILENT), "the policy is enforced", seconds=30)
+    cells.check("denied", expect(SILENT))
     assert condition(kubectl.get(f"--namespace={namespace}", "pod", "guarded"), "Ready"), "kubelet's probes pass"
     kubectl("delete", f"--namespace={namespace}", "networkpolicy", "deny")
-    until(lambda: set(guarded.reach(outward).values()) == {OPEN}, "the policy is gone", seconds=30)
-    look("policy deleted", OPEN)
+    until(lambda: reach_all(ways) == expect(OPEN), "the policy is gone", seconds=30)
+    cells.check("policy deleted", expect(OPEN))
 
 
 @pytest.mark.usefixtures("operator")
@@ -69,10 +73,7 @@ def test_quickstart_serves_through_its_gateway_and_nowhere_else(
     name = yaml.safe_load(sample)["metadata"]["name"]
     kubectl("apply", f"--namespace={namespace}", "--filename=-", stdin=sample)
 
-    def ready() -> bool | None:
-        return condition(kubectl.get(f"--namespace={namespace}", "securevllmdeployment", name), "Ready")
-
-    until(ready, f"{name} is Ready", seconds=240)
+    until_resource_ready(kubectl, namespace, name)
     client = pods["beside"]
     url = f"https://{name}-gateway.{namespace}.svc"
     authority = secret(kubectl, namespace, f"{name}-gateway-tls")["ca.crt"]
@@ -92,19 +93,16 @@ def test_quickstart_serves_through_its_gateway_and_nowhere_else(
     engine, gateway = _addresses(kubectl, namespace)
     attackers = list(pods.values())
     targets = [f"{engine}:8000", f"{name}-engine.{namespace}.svc:8000"]
-    for attacker in attackers:
-        cells.check("attack", attacker.name, dict.fromkeys(targets, SILENT), attacker.reach(targets))
-    entrance = f"{gateway}:8443"
-    for attacker in attackers:
-        expected = OPEN if attacker.namespace == namespace else SILENT
-        cells.check("entrance", attacker.name, {entrance: expected}, attacker.reach([entrance]))
+    cells.check("attack", {attacker: dict.fromkeys(targets, SILENT) for attacker in attackers})
+    entrance = {attacker: OPEN if attacker.namespace == namespace else SILENT for attacker in attackers}
+    cells.check("entrance", {attacker: {f"{gateway}:8443": answer} for attacker, answer in entrance.items()})
     # Silence of something that never answers proves nothing: with a policy that opens it, everybody gets through.
     apply(kubectl, policy("open-everything", namespace, ALLOW_INGRESS))
     until(lambda: attackers[-1].reach(targets[:1]).popitem()[1] == OPEN, "the engine is open", seconds=30)
-    for attacker in attackers:
-        cells.check("control: opened", attacker.name, dict.fromkeys(targets, OPEN), attacker.reach(targets))
+    cells.check("control: opened by a policy", {attacker: dict.fromkeys(targets, OPEN) for attacker in attackers})
     kubectl("delete", f"--namespace={namespace}", "networkpolicy", "open-everything")
     until(lambda: attackers[-1].reach(targets[:1]).popitem()[1] == SILENT, "the engine is shut again", seconds=30)
+    cells.check("attack again", {attacker: dict.fromkeys(targets, SILENT) for attacker in attackers})
 
 
 def _addresses(kubectl: Kubectl, namespace: str) -> tuple[str, str]:

@@ -6,7 +6,8 @@ import base64
 import json
 import secrets
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -71,6 +72,13 @@ class Pod:
         return self.kubectl("exec", f"--namespace={self.namespace}", self.name, "--", *command)
 
 
+def reach_all(wanted: Mapping[Pod, Sequence[str]]) -> dict[Pod, dict[str, str]]:
+    """Let pods connect to their targets, all at the same time; see `Pod.reach`."""
+    with ThreadPoolExecutor(max_workers=max(len(wanted), 1)) as pool:
+        found = pool.map(lambda item: item[0].reach(item[1]), wanted.items())
+        return dict(zip(wanted, found, strict=True))
+
+
 @dataclass
 class Cells:
     """What was tried, what had to come of it and what did: the artefact of a test.
@@ -82,29 +90,34 @@ class Cells:
     file: Path
     _rows: list[tuple[str, str, str, str, str]] = field(default_factory=list)
 
-    def check(self, scene: str, source: str, expected: dict[str, str], found: dict[str, str]) -> None:
-        """Add a row for each target."""
-        for target, wanted in expected.items():
-            self._rows.append((scene, source, target, wanted, found[target]))
+    def check(self, scene: str, expected: Mapping[Pod, Mapping[str, str]]) -> None:
+        """Let pods connect to their targets, and add a row for each: target -> what has to come of it."""
+        found = reach_all({pod: list(targets) for pod, targets in expected.items()})
+        for pod, targets in expected.items():
+            for target, wanted in targets.items():
+                self._rows.append((scene, f"{pod.namespace}/{pod.name}", target, wanted, found[pod][target]))
 
-    def close(self) -> None:
-        """Write the table, and fail with every cell that is not as it had to be.
+    def write(self) -> None:
+        """Keep the table as text."""
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        self.file.write_text("\n".join(self._lines()) + "\n", encoding="utf-8")
+
+    def check_all(self) -> None:
+        """Fail with every cell that is not as it had to be.
 
         Raises:
             AssertionError: There are some, or there is none at all.
         """
-        head = ("scene", "from", "to", "expected", "found")
-        widths = [max(len(row[index]) for row in (head, *self._rows)) for index in range(len(head))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (head, *self._rows)
-        ]
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        wrong = [line for line, row in zip(lines[1:], self._rows, strict=True) if row[3] != row[4]]
+        wrong = [line for line, row in zip(self._lines()[1:], self._rows, strict=True) if row[3] != row[4]]
         if wrong or not self._rows:
             raise AssertionError(
                 "\n".join([f"{len(wrong)} of {len(self._rows)} cells, all of them in {self.file}", *wrong])
             )
+
+    def _lines(self) -> list[str]:
+        rows = [("scene", "from", "to", "expected", "found"), *self._rows]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 def until(look: Callable[[], T | None], what: str, seconds: float = 120.0) -> T:
@@ -184,8 +197,26 @@ def install_operator(kubectl: Kubectl) -> None:
 
 def condition(item: dict[str, Any], kind: str) -> bool | None:
     """Tell whether a condition of this type is True; None where it is not."""
-    conditions = item.get("status", {}).get("conditions", ())
+    conditions = item.get("status", {}).get("conditions") or ()  # null in a definition of this moment
     return any(one["type"] == kind and one["status"] == "True" for one in conditions) or None
+
+
+def until_resource_ready(kubectl: Kubectl, namespace: str, name: str, seconds: float = 240.0) -> None:
+    """Wait until a SecureVLLMDeployment is Ready.
+
+    Raises:
+        AssertionError: Not in time; with every condition and its message.
+    """
+
+    def resource() -> dict[str, Any]:
+        return kubectl.get(f"--namespace={namespace}", "securevllmdeployment", name)
+
+    try:
+        until(lambda: condition(resource(), "Ready"), f"{name} is Ready", seconds)
+    except AssertionError as error:
+        found = resource().get("status", {}).get("conditions") or ()
+        lines = [f"{one['type']} {one['status']} {one['reason']}: {one['message']}" for one in found]
+        raise AssertionError("\n".join([str(error), *lines])) from error
 
 
 def secret(kubectl: Kubectl, namespace: str, name: str) -> dict[str, str]:

@@ -102,22 +102,31 @@ class Image:
         for layer in self.layers:
             layer.prepare(progress)
 
-    def write(self, out: IO[bytes]) -> None:
-        """Write the image as a docker-archive."""
-        digests = [layer.prepare(_silent) for layer in self.layers]
-        config = json.dumps(
+    def digest(self) -> str:
+        """Return what names this image and no other: SHA-256 of its name, configuration and layers."""
+        return hashlib.sha256(self.name.encode() + self._configuration()).hexdigest()
+
+    def _digests(self) -> list[str]:
+        return [layer.prepare(_silent) for layer in self.layers]
+
+    def _configuration(self) -> bytes:
+        return json.dumps(
             {
                 "architecture": {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()],
                 "os": "linux",
                 "created": _EPOCH,
                 "config": {"WorkingDir": "/", **self.config, "Env": [_PATH, *self.config.get("Env", ())]},
-                "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}" for digest in digests]},
+                "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}" for digest in self._digests()]},
                 "history": [{"created": _EPOCH, "created_by": layer.name} for layer in self.layers],
             },
             sort_keys=True,
         ).encode()
+
+    def write(self, out: IO[bytes]) -> None:
+        """Write the image as a docker-archive."""
+        config = self._configuration()
         config_name = f"{hashlib.sha256(config).hexdigest()}.json"
-        files = [f"{digest}/layer.tar" for digest in digests]
+        files = [f"{digest}/layer.tar" for digest in self._digests()]
         manifest = json.dumps([{"Config": config_name, "RepoTags": [self.name], "Layers": files}]).encode()
         with tarfile.open(fileobj=out, mode="w|", format=tarfile.GNU_FORMAT) as archive:
             for name, content in ((config_name, config), ("manifest.json", manifest)):

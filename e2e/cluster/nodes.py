@@ -137,12 +137,21 @@ def stop(folder: Path, plan: Plan) -> None:
 
 
 def load_image(nodes: Iterable[Node], image: Image) -> None:
-    """Import an image into every node.
+    """Import an image into every node that does not have it.
 
     Raises:
         ClusterError: The runtime refused it; with what it said.
     """
-    _for_each(list(nodes), lambda node: image.load(node.ctr))
+    digest = image.digest()
+
+    def one(node: Node) -> None:
+        marker = node.folder / "images" / digest
+        if not marker.exists():
+            image.load(node.ctr)
+            marker.parent.mkdir(exist_ok=True)
+            marker.write_text(image.name, encoding="utf-8")
+
+    _for_each(list(nodes), one)
 
 
 def load_archive(nodes: Iterable[Node], file: Path) -> None:
@@ -201,7 +210,7 @@ def _ready(kubectl: Kubectl, plan: Plan) -> bool | None:
     ready = {
         item["metadata"]["name"]
         for item in kubectl.get("nodes")["items"]
-        for condition in item["status"].get("conditions", ())
+        for condition in item["status"].get("conditions") or ()
         if condition["type"] == "Ready" and condition["status"] == "True"
     }
     return True if ready >= set(plan.nodes) else None
