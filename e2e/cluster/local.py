@@ -161,8 +161,9 @@ def _users(plan: Plan | None) -> dict[str, tuple[str, str | None, tuple[str, ...
 
 
 def _start_on_free_port(folder: Path, program: Path, plan: Plan | None) -> int:
-    for _ in range(PORT_ATTEMPTS):
-        port = API_PORT if plan else _free_port()
+    for attempt in range(PORT_ATTEMPTS):
+        # Somebody may listen on all addresses of this machine, the link's included.
+        port = API_PORT + attempt if plan else _free_port()
         for user in _users(plan):
             _write_kubeconfig(folder, user, _server(plan, port))
         try:
