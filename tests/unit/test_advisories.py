@@ -76,6 +76,18 @@ def test_controls_are_those_of_the_spec() -> None:
     assert "CVE-2026-94622" not in plain, "needs NIXL"
 
 
+def test_what_a_topology_uses_is_what_its_holes_need() -> None:
+    sides = {"prefill": {"replicas": 1}, "decode": {"replicas": 1}, "router": {"image": "vllm/vllm-router:v0.1.17"}}
+    mooncake = told("0.29.0", disaggregation={"connector": "mooncake", **sides})
+    assert mooncake["CVE-2026-103764"] == "network-policy"
+    assert mooncake["CVE-2026-94625"] == "network-policy"
+    nixl = told("0.29.0", disaggregation={"connector": "nixl", **sides})
+    assert nixl["CVE-2026-94622"] == ""
+    assert "CVE-2026-103764" not in nixl
+    assert told("0.20.2", parallelism={"pipeline": 2})["GHSA-v97p-wpxp-px84"] == ""
+    assert "GHSA-v97p-wpxp-px84" not in told("0.20.2", parallelism={"tensor": 2})
+
+
 def test_an_opened_route_is_not_covered_by_the_allowlist() -> None:
     routes = {"gateway": {"routes": {"profiles": ["chat", "responses"]}}}
     assert told("0.31.0")["CVE-2026-115911"] == "route-allowlist"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 from click.testing import CliRunner, Result
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from securevllm import catalogue
@@ -475,6 +475,7 @@ def places(value: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int
     return [path, *(place for key, item in inner for place in places(item, (*path, key)))]
 
 
+@settings(deadline=None)  # the first of the examples pays for what is cached
 @given(data=st.data())
 def test_no_value_in_any_place_ends_it(data: st.DataObject) -> None:
     objects = copy.deepcopy(VALID)

@@ -118,7 +118,7 @@ MANIFESTS = st.lists(st.tuples(SPECS, st.sampled_from(["a", "b"])), max_size=4).
 ENGINES = st.builds(reference.Engine, st.booleans(), st.booleans(), st.booleans(), st.booleans())
 
 
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 @given(manifests=MANIFESTS, engine=ENGINES)
 def test_it_agrees_with_the_independent_evaluator(manifests: list[dict[str, Any]], engine: reference.Engine) -> None:
     theirs = reference.Evaluator(copy.deepcopy(manifests), PODS, NAMESPACES, engine=engine)
@@ -140,6 +140,7 @@ def test_it_agrees_with_the_independent_evaluator(manifests: list[dict[str, Any]
             assert verdict.why
 
 
+@settings(deadline=None)
 @given(manifests=MANIFESTS)
 def test_the_grants_of_a_template_hold_every_port_that_some_peer_reaches(manifests: list[dict[str, Any]]) -> None:
     policies = netpol.Policies(map(netpol.parse, manifests), NAMESPACES)

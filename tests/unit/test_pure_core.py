@@ -14,7 +14,7 @@ ROOT = Path(securevllm.__file__).parent
 CORE = sorted(
     path.relative_to(ROOT)
     for pattern in (
-        *("api/*.py", "catalogue/*.py", "render/*.py", "status/*.py", "explain/*.py", "topology/*.py"),
+        *("api/*.py", "catalogue/*.py", "render/*.py", "status/*.py", "explain/*.py", "check/*.py", "topology/*.py"),
         *("context.py", "drift.py", "groups.py", "netpol.py"),
     )
     for path in ROOT.glob(pattern)

@@ -189,15 +189,15 @@ def _line(node: yaml.Node) -> int:
     return node.start_mark.line if node.start_mark else 0
 
 
-def _expanded(node: yaml.Node, sizes: dict[int, int]) -> int:
+def _expanded(node: yaml.Node, sizes: dict[yaml.Node, int]) -> int:
     """Number of values below a node, each alias counted as what it stands for."""
-    known = sizes.get(id(node))
+    known = sizes.get(node)
     if known is not None:
         return known
     if isinstance(node, yaml.ScalarNode):
         return 1
     # Until it is done a node counts as too large: one that holds itself is refused.
-    sizes[id(node)] = MAX_VALUES + 1
+    sizes[node] = MAX_VALUES + 1
     children = (
         [part for pair in node.value for part in pair] if isinstance(node, yaml.MappingNode) else list(node.value)
     )
@@ -208,5 +208,5 @@ def _expanded(node: yaml.Node, sizes: dict[int, int]) -> int:
             raise _UnreadableError(
                 f"stands for more than {MAX_VALUES} values: aliases repeat them", node.start_mark.line
             )
-    sizes[id(node)] = size
+    sizes[node] = size
     return size
