@@ -51,9 +51,11 @@ golden: setup ## accept what is rendered now as the golden files; look at it wit
 	@git diff --stat -- tests/golden/expected tests/chart/expected
 
 .PHONY: crd
-crd: setup ## write crds/ from the models
+crd: setup ## write crds/, the chart's copy and docs/api.md from the models
 	@$(BIN)/python -m securevllm crd > crds/.new
 	@mv crds/.new crds/securevllm.io_securevllmdeployments.yaml
+	@$(BIN)/python tools/chart.py
+	@$(BIN)/python tools/reference.py
 
 .PHONY: chart
 chart: setup ## write what the chart takes from crds/, manifests/ and values.yaml

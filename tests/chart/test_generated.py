@@ -11,7 +11,7 @@ import yaml
 
 from securevllm import __version__
 from tests.chart.programs import CHART
-from tools import chart
+from tools import chart, reference
 
 
 @pytest.mark.parametrize("path", sorted(chart.generated()), ids=lambda path: path.name)
@@ -45,3 +45,7 @@ def test_every_default_is_what_the_schema_takes_and_every_object_is_closed_or_sa
 def test_a_value_without_a_text_is_an_error() -> None:
     with pytest.raises(ValueError, match="replicas has no text"):
         list(chart.read_values("replicas: 2\n"))
+
+
+def test_the_api_reference_is_of_today() -> None:
+    assert reference.PAGE.read_text(encoding="utf-8") == reference.page(), "make crd"

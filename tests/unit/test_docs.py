@@ -37,6 +37,7 @@ _HOSTS = {
     "docs.vllm.ai",
     "git.example.com",
     "kubernetes.default.svc",
+    "token.actions.githubusercontent.com",
 }
 """Where documentation may point to; no package index and no host of somebody's network is among them."""
 _SERVICE = re.compile(r"quickstart-gateway(\.llm\.svc\.cluster\.local)?|squid\.proxy\.svc:3128")
