@@ -16,9 +16,10 @@ PAGE = ROOT / "docs" / "api.md"
 HEAD = """\
 # API reference
 
-`{group}/{version}`, kind `{kind}`, short names {short}, namespaced. Made by `make crd` from the definition that the API
-server gets; do not edit. A default that this page does not show is resolved by the operator, not written into your
-object; [status.md](status.md) explains conditions and reasons, [guard.md](guard.md) what arguments and variables may be.
+`{group}/{version}`, kind `{kind}`, short name {short}, namespaced. Made by `make crd` from the definition that the
+API server gets; do not edit. A default that this page does not show is resolved by the operator, not written into your
+object. [status.md](status.md) explains conditions and reasons, [guard.md](guard.md) which arguments and variables there
+are.
 """
 
 

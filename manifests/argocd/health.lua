@@ -4,6 +4,7 @@
 -- What passes by itself. Every other reason of a condition that is False needs somebody.
 local passing = {
   FetchingModel = true,
+  GroupRestarting = true,
   NoHealthyEngine = true,
   NotCreated = true,
   OldRevisionServed = true,

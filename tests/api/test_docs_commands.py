@@ -1,4 +1,4 @@
-"""The commands of the installation pages, word by word, on a real API server; a hollow node counts the pods as ready."""
+"""The commands of the installation pages, word by word, on a real API server; a hollow node counts pods as ready."""
 
 from __future__ import annotations
 
