@@ -20,6 +20,7 @@ from securevllm import catalogue
 from securevllm.api.parse import parse
 from securevllm.catalogue import conditions
 from securevllm.check import ADMISSION_POLICIES, Report, Severity, as_json, examine, read, suggestions, text
+from securevllm.check.findings import features
 from securevllm.cli import main
 
 if TYPE_CHECKING:
@@ -353,6 +354,26 @@ def test_ports_follow_flags_and_variables() -> None:
         one.socket.name: one.socket.first for one in only(checked(deployment(*args, container=env))).seen.listening
     }
     assert (ports["api"], ports["torch-distributed"], ports["nixl-side-channel"]) == (9000, 7000, 6000)
+
+
+@pytest.mark.parametrize(
+    ("args", "env", "used"),
+    [
+        (('--speculative-config={"method": "extract_hidden_states"}',), {}, "speculative"),
+        (("--mm-processor-cache-type=shm",), {}, "shm-cache"),
+        (("--enable-prompt-embeds",), {}, "prompt-embeds"),
+        (('--kv-transfer-config={"kv_connector": "LMCacheConnectorV1"}',), {}, "lmcache"),
+        (("--pipeline-parallel-size=2",), {}, "pipeline"),
+        (("--grpc",), {}, "grpc"),
+        ((), {"VLLM_USE_RUST_FRONTEND": "1"}, "rust-frontend"),
+    ],
+)
+def test_what_holes_need_is_read(args: tuple[str, ...], env: dict[str, str], used: str) -> None:
+    variables = [{"name": name, "value": value} for name, value in env.items()]
+    item = only(checked(deployment(*args, container={"env": variables})))
+    assert used in catalogue.FEATURES
+    assert features(part.launch for part in item.seen.workload.parts) == {used}
+    assert features(part.launch for part in only(checked(deployment())).seen.workload.parts) == frozenset()
 
 
 def test_dangerous_flags_are_told_by_every_spelling() -> None:

@@ -12,6 +12,7 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 from securevllm import catalogue
+from securevllm.api.advisories import FEATURE_FLAGS
 from securevllm.api.guard import arguments
 from securevllm.catalogue import conditions
 from securevllm.catalogue.conditions import Started
@@ -237,13 +238,6 @@ def _advisories(seen: Seen, _: World) -> Iterator[Finding]:
         )
 
 
-_FEATURES: Mapping[str, str] = {
-    "--enable-prompt-embeds": "prompt-embeds",
-    "--trust-remote-code": "trust-remote-code",
-    "--grpc": "grpc",
-    "--grpc-port": "grpc",
-    "--speculative-config": "speculative",
-}
 _CONNECTORS = {"nixl": "nixl", "mooncake": "mooncake", "p2pnccl": "p2p-nccl", "lmcache": "lmcache"}
 
 
@@ -251,13 +245,15 @@ def features(launches: Iterable[Launch]) -> frozenset[str]:
     """Features of `catalogue.FEATURES` that command lines use."""
     used = set()
     for launch in launches:
-        used |= {_FEATURES[flag.name] for flag in launch.flags if flag.name in _FEATURES}
+        used |= {FEATURE_FLAGS[flag.name] for flag in launch.flags if flag.name in FEATURE_FLAGS}
         transfer = " ".join(flag.written for flag in launch.flags if flag.name == "--kv-transfer-config").lower()
         used |= {feature for word, feature in _CONNECTORS.items() if word in transfer}
         if launch.number("--nnodes", 1) != 1 or launch.number("--data-parallel-size", 1) != 1 or launch.ray:
             used.add("nodes")
         if launch.number("--pipeline-parallel-size", 1) != 1:
             used.add("pipeline")
+        if any("extract_hidden_states" in flag.written for flag in launch.flags):
+            used.add("speculative")
         cache = launch.flag("--mm-processor-cache-type")
         if cache is not None and cache.value == "shm":
             used.add("shm-cache")
