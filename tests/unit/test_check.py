@@ -547,6 +547,31 @@ def test_a_resource_tells_its_risks_its_holes_and_its_routes() -> None:
     assert ("POST", "/v1/chat/completions") in {(route.method, route.path) for route in item.routes}
 
 
+def test_who_reaches_the_sockets_of_a_resource() -> None:
+    spec = FINE["spec"] | {"gateway": {"authentication": {"none": "I accept that everybody may ask"}}}
+    report = checked(FINE | {"spec": spec})
+    (item,) = report.resources
+    who_may = {(one.socket.role, one.socket.name): one.reach for one in item.listening}
+    (engine,) = [one for (role, name), one in who_may.items() if (role, name) == ("engine", "api")]
+    assert not engine.everybody
+    assert all("securevllm.io/role=gateway" in peer for peer, _ in engine.peers)
+    assert engine.peers
+    assert "routes pass the gateway, without any key" in text(report)
+    told = json.loads(as_json(report))["resources"][0]
+    assert told["clientKey"] is False
+    assert {socket["name"] for socket in told["sockets"]} >= {"api"}
+    opened = policy({"podSelector": {}, "ingress": [{"from": [{"namespaceSelector": {}}]}]})
+    (item,) = checked(FINE, opened).resources
+    assert all(one.reach.everybody for one in item.listening)
+
+
+def test_random_ports_of_a_group_are_open_to_its_own_pods_only() -> None:
+    (item,) = checked(FINE | {"spec": FINE["spec"] | {"parallelism": {"tensor": 8, "nodes": 2}}}).resources
+    inner = [one for one in item.listening if one.socket.ports == "random ports"]
+    assert {one.socket.name for one in inner} >= {"gloo", "nccl", "message-queue"}
+    assert all(one.reach.own and one.reach.nobody for one in inner)
+
+
 def test_a_policy_of_somebody_else_that_opens_a_resource_is_named() -> None:
     foreign = policy({"podSelector": {}, "ingress": [{"from": [{"podSelector": {"matchLabels": {"app": "x"}}}]}]})
     (item,) = checked(FINE, foreign).resources

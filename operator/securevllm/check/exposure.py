@@ -19,7 +19,7 @@ from securevllm.netpol import IPBlock, Pod, PodPeer, Policies, Rule
 if TYPE_CHECKING:
     from securevllm.check.command import Launch
 
-_EPHEMERAL = (32768, 60999)
+EPHEMERAL = (32768, 60999)
 """net.ipv4.ip_local_port_range, from which a port that is not configurable is drawn."""
 
 EVERYBODY = "every pod of the cluster, and whoever is routed to it"
@@ -40,7 +40,7 @@ class Socket:
     @property
     def ports(self) -> str:
         """Ports in words."""
-        if (self.first, self.last) == _EPHEMERAL:
+        if (self.first, self.last) == EPHEMERAL:
             return "random ports"
         return f"port {self.first}" if self.first == self.last else f"ports {self.first}-{self.last}"
 
@@ -119,8 +119,8 @@ def sockets(part: Part, version: catalogue.Version, *, grouped: bool) -> Iterato
     for row in catalogue.sockets().values():
         if row.when not in opened or version not in row.versions or not _listens(row, part):
             continue
-        first = row.port or _EPHEMERAL[0]
-        last = row.last or row.port or _EPHEMERAL[1]
+        first = row.port or EPHEMERAL[0]
+        last = row.last or row.port or EPHEMERAL[1]
         moved = _moved(row, part.launch)
         if moved is not None and row.port:
             first, last = moved, moved + (last - first)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from securevllm.check.exposure import EVERYBODY, Reach
-from securevllm.check.findings import Finding, Seen, Severity
+from securevllm.check.findings import Finding, Listening, Seen, Severity
 
 if TYPE_CHECKING:
     from securevllm.check.documents import Wrong
@@ -75,8 +75,13 @@ def _lines(report: Report) -> Iterator[str]:
         yield from _workload(item)
     for resource in report.resources:
         yield f"{resource.key} ({resource.source})"
-        yield f"  vLLM {resource.accepted.version}; {len(resource.routes)} routes pass the gateway, with its key:"
+        asked = "without any key" if _keyless(resource) else "with a client's key"
+        yield f"  vLLM {resource.accepted.version}; {len(resource.routes)} routes pass the gateway, {asked}:"
         yield from _wrapped(f"{route.method} {route.path}" for route in resource.routes)
+        yield "  Who may connect"
+        for listening in resource.listening:
+            socket = listening.socket
+            yield f"    {socket.role} {socket.name}, {socket.ports}: {who(listening.reach)}"
         yield from _findings(resource.findings)
         yield ""
     if report.findings:
@@ -90,6 +95,10 @@ def _lines(report: Report) -> Iterator[str]:
         if (number := sum(finding.severity is severity for finding in report.every()))
     ]
     yield f"objects: {report.objects}, with vLLM: {count}; findings: {', '.join(told) or 'none'}"
+
+
+def _keyless(resource: Resource) -> bool:
+    return resource.accepted.spec.gateway.authentication.none is not None
 
 
 def _workload(item: Checked) -> Iterator[str]:
@@ -163,7 +172,9 @@ def as_json(report: Report) -> str:
                     "name": item.owner.name,
                     "source": str(item.source),
                     "vllmVersion": str(item.accepted.version),
+                    "clientKey": not _keyless(item),
                     "routes": [{"method": route.method, "path": route.path} for route in item.routes],
+                    "sockets": [_socket_json(one) for one in item.listening],
                     "findings": [_finding_json(finding) for finding in item.findings],
                 }
                 for item in report.resources
@@ -185,20 +196,7 @@ def _workload_json(item: Checked) -> dict[str, Any]:
         "vllmVersion": str(seen.claimed) if seen.claimed else None,
         "toldAs": str(seen.version),
         "apiKey": seen.key,
-        "sockets": [
-            {
-                "role": one.socket.role,
-                "name": one.socket.name,
-                "firstPort": one.socket.first,
-                "lastPort": one.socket.last,
-                "protocol": one.socket.protocol,
-                "speaks": one.socket.speaks,
-                "everybody": one.reach.everybody,
-                "ownPods": one.reach.own,
-                "peers": [{"peer": peer, "rule": rule} for peer, rule in one.reach.peers],
-            }
-            for one in seen.listening
-        ],
+        "sockets": [_socket_json(one) for one in seen.listening],
         "published": [
             {"by": way.by, "how": way.how, "outside": way.outside, "exact": way.exact, "prefix": way.prefix}
             for way in seen.published
@@ -214,6 +212,20 @@ def _workload_json(item: Checked) -> dict[str, Any]:
             for one in seen.answers
         ],
         "findings": [_finding_json(finding) for finding in item.findings],
+    }
+
+
+def _socket_json(one: Listening) -> dict[str, Any]:
+    return {
+        "role": one.socket.role,
+        "name": one.socket.name,
+        "firstPort": one.socket.first,
+        "lastPort": one.socket.last,
+        "protocol": one.socket.protocol,
+        "speaks": one.socket.speaks,
+        "everybody": one.reach.everybody,
+        "ownPods": one.reach.own,
+        "peers": [{"peer": peer, "rule": rule} for peer, rule in one.reach.peers],
     }
 
 

@@ -8,8 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from securevllm import catalogue
 from securevllm.api import routes
-from securevllm.check.findings import Finding, Severity
-from securevllm.netpol import Pod, Policy
+from securevllm.check.exposure import EPHEMERAL, Socket, World, reach
+from securevllm.check.findings import Finding, Listening, Severity
+from securevllm.netpol import PROTOCOLS, Pod, Policies, Policy
+from securevllm.netpol import parse as parse_policy
+from securevllm.render import policies
 from securevllm.topology import plan
 
 if TYPE_CHECKING:
@@ -27,6 +30,7 @@ class Resource:
     owner: Owner
     accepted: Accepted
     routes: tuple[catalogue.Route, ...]
+    listening: tuple[Listening, ...]
     findings: tuple[Finding, ...]
 
     @property
@@ -47,10 +51,26 @@ def examine(
         context: the cluster.
         foreign: policies that are not the operator's, by namespace.
     """
-    found = [*_risks(accepted), *_advisories(accepted)]
-    found += _foreign(owner, accepted, context, foreign.get(owner.namespace, ()))
+    others = foreign.get(owner.namespace, ())
+    found = [*_risks(accepted), *_advisories(accepted), *_foreign(owner, accepted, context, others)]
     ordered = tuple(sorted(found, key=lambda item: (-item.severity, item.code, item.message)))
-    return Resource(source, owner, accepted, routes.allowed(accepted.spec, accepted.version), ordered)
+    allowed = routes.allowed(accepted.spec, accepted.version)
+    return Resource(source, owner, accepted, allowed, tuple(_listening(owner, accepted, context, others)), ordered)
+
+
+def _listening(owner: Owner, accepted: Accepted, context: Context, foreign: tuple[Policy, ...]) -> Iterator[Listening]:
+    """Every socket with who reaches it, by the policies that would be rendered and those of others together."""
+    topology = plan(accepted.spec, context)
+    rendered = [policies.default_deny(owner.namespace), *policies.policies(owner, topology)]
+    world = World(Policies([*map(parse_policy, rendered), *foreign]))
+    groups = {role: owner.group_selector(group.name) for group in topology.groups for role in group.members}
+    for socket in topology.sockets:
+        labels = owner.pod_labels(socket.role.value) | groups.get(socket.role, {})
+        pod = Pod(owner.namespace, f"{owner.name}-{socket.role}", labels)
+        protocol = next(item for item in PROTOCOLS if item == socket.protocol)
+        first, last = (socket.port, socket.last or socket.port) if socket.port else EPHEMERAL
+        one = Socket(socket.name, first, last, socket.purpose, inner=True, role=socket.role, protocol=protocol)
+        yield Listening(one, reach(pod, one, world))
 
 
 def _risks(accepted: Accepted) -> Iterator[Finding]:
