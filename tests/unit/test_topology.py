@@ -130,7 +130,12 @@ def test_a_replica_over_nodes_is_a_group_whose_head_alone_has_http() -> None:
     assert counts(found) == {"gateway": 2, "engine": 2, "engine-worker": 6}
     assert meshes(found) == ["e0", "e1"]
     assert pairs(found) == BASE | {("engine-worker", "dns", 53)}
-    assert {socket.name for socket in found.sockets if socket.role is worker} == {"gloo", "nccl", "message-queue"}
+    assert {socket.name for socket in found.sockets if socket.role is worker} == {
+        "barrier",
+        "gloo",
+        "nccl",
+        "message-queue",
+    }
     assert found.socket(Role.ENGINE, "torch-distributed").port == 29501
     assert not [socket for socket in found.sockets if socket.role.headless and socket.name == "api"]
 
