@@ -298,6 +298,10 @@ RULES: dict[str, tuple[Any, Any]] = {
         {"engine": {"volumes": [{"name": "a", "mountPath": "/mnt/a", "configMap": {"name": "a"}}]}},
         {"engine": {"volumes": [{"name": "a", "mountPath": "/mnt/a"}]}},
     ),
+    "volumes are mounted below /data or /mnt": (
+        {"engine": {"volumes": [{"name": "a", "mountPath": "/data/a", "emptyDir": {}}]}},
+        {"engine": {"volumes": [{"name": "a", "mountPath": "/usr/lib", "emptyDir": {}}]}},
+    ),
     "exactly one of value and valueFrom": (
         {"engine": {"env": [{"name": "TZ", "value": "UTC"}]}},
         {"engine": {"env": [{"name": "TZ"}]}},

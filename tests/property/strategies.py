@@ -27,6 +27,13 @@ CIDRS = (
 PRIVATE_CIDRS = ("10.0.0.0/8", "172.16.0.0/12", "192.168.7.0/24", "fd00::/8")
 PORTS = (22, 53, 80, 443, 5432, 8000, 8080, 8443, 9901, 9902, 65535)
 WHY = st.just("because this test says so")
+FILES: JsonMap = {"name": "files", "mountPath": "/mnt/files", "configMap": {"name": "files"}}
+PROXY: JsonMap = {
+    "to": {"podSelector": {"matchLabels": {"app": "web"}}},
+    "ports": [{"port": 3128}],
+    "proxy": "http://squid:3128",
+    "why": "because this test says so",
+}
 
 
 def optional(**fields: st.SearchStrategy[Any]) -> st.SearchStrategy[JsonMap]:
@@ -144,11 +151,27 @@ def engines() -> st.SearchStrategy[JsonMap]:
     """`spec.engine`."""
     return optional(
         args=st.lists(
-            st.sampled_from(["--enforce-eager", "--max-model-len=8192", "--dtype=bfloat16", "--seed=-1"]),
+            st.sampled_from(
+                [
+                    "--enforce-eager",
+                    "--max_model_len=8192",
+                    "-q=fp8",
+                    "--seed=-1",
+                    '--speculative-config={"method": "ngram"}',
+                    "--hf-overrides.num_labels=2",
+                    "--chat-template=/mnt/files/chat.jinja",
+                ]
+            ),
             max_size=3,
             unique=True,
         ),
-        env=st.sampled_from([[], [{"name": "TZ", "value": "UTC"}]]),
+        env=st.sampled_from(
+            [
+                [],
+                [{"name": "TZ", "value": "UTC"}],
+                [{"name": "OTEL_SERVICE_NAME", "valueFrom": {"secretKeyRef": {"name": "otel", "key": "name"}}}],
+            ]
+        ),
         resources=st.sampled_from(
             [{}, {"limits": {"cpu": 4, "memory": "8Gi"}}, {"requests": {"ephemeral-storage": "1Gi"}}]
         ),
@@ -166,7 +189,7 @@ def engines() -> st.SearchStrategy[JsonMap]:
         terminationGracePeriod=st.sampled_from(["1s", "2s", "600s"]),
         labels=st.sampled_from([{}, {"app": "web", "team": "red"}]),
         annotations=st.sampled_from([{}, {"cluster-autoscaler.kubernetes.io/safe-to-evict": "false"}]),
-    )
+    ).map(lambda engine: engine | {"volumes": [FILES]})
 
 
 MOVED = {"nodes": "torchDistributed", "data": "dataParallelRpc", "nixl": "nixlSideChannel", "kv-events": "kvEvents"}
@@ -255,7 +278,9 @@ def plain_specs() -> st.SearchStrategy[JsonMap]:
                 media=optional(
                     allowedDomains=st.sampled_from([[], ["a.example", "b.example"]]), allowRedirects=st.booleans()
                 ),
-                egress=st.lists(egress_rules(), max_size=3),
+                egress=st.lists(egress_rules(), max_size=3).flatmap(
+                    lambda found: st.sampled_from([found, [*found, PROXY]])
+                ),
                 verification=st.sampled_from([{}, {"mode": "Disabled"}]),
             ),
         },

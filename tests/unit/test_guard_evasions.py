@@ -25,7 +25,8 @@ LISTENER = "opens another listener"
 CONNECTS = "connects to other hosts"
 REQUEST = "lets a request choose"
 CORS = "lets pages of other sites call"
-ONCE = "only once"
+ONCE = "a flag may stand only once"
+KEY_ONCE = "a key may stand only once"
 NO_VALUE = "takes no value"
 NO_FLAG = "a value without a flag"
 NEEDS = "needs a value of kind"
@@ -39,7 +40,9 @@ RISK = "this flag is a risk"
 TRACE = "kind endpoint"
 INNER = "it needs"
 SHORT_O = "-O is another flag"
-ADAPTER = "an adapter"
+ADAPTER = "an adapter is written as name=path"
+ADAPTER_NAME = "the name of an adapter is a word"
+ADAPTER_KEYS = "an adapter has name and path"
 
 EVASIONS: dict[str, list[list[str]]] = {
     PREFIX: [
@@ -107,15 +110,19 @@ EVASIONS: dict[str, list[list[str]]] = {
         ["--trust-request-chat-template"], ["--enable-prompt-embeds"], ["--enable-mm-embeds"],
         ["--max-log-len=10"],
     ],
+    KEY_ONCE: [
+        ["--speculative-config.method=ngram", "-sc.method=eagle"],
+        ["--hf-overrides.rope_scaling.factor=1", "--hf-overrides.rope_scaling=1"],
+        ["--hf-overrides.rope_scaling=1", "--hf-overrides.rope_scaling.factor=1"],
+    ],
     ONCE: [
+        ["--speculative-config={}", "--speculative-config.method=ngram"],
+        ["--speculative-config.method=ngram", "--speculative-config={}"],
         ["--dtype=half", "--dtype=half"], ["--dtype=half", "--dtype", "half"],
         ["--max-model-len=1", "--max_model_len=2"], ["-q=fp8", "--quantization=fp8"],
         ["--enforce-eager", "--no-enforce-eager"], ["--no-enable-lora", "--enable_lora"],
         ['--speculative-config={"method":"ngram"}', "--speculative-config.method=eagle"],
         ["--speculative-config.method=ngram", '-sc={"method":"eagle"}'],
-        ["--speculative-config.method=ngram", "-sc.method=eagle"],
-        ["--hf-overrides.rope_scaling.factor=1", "--hf-overrides.rope_scaling=1"],
-        ["--hf-overrides.rope_scaling=1", "--hf-overrides.rope_scaling.factor=1"],
         ["--lora-modules", "a=/mnt/files/a", "--lora-modules=b=/mnt/files/b"],
     ],
     NO_VALUE: [
@@ -155,10 +162,13 @@ EVASIONS: dict[str, list[list[str]]] = {
         ["--lora-modules=a=../x"], ['--lora-modules={"name":"a","path":"evil/repo"}'],
         ["--tokenizer=/mnt/files/.hidden"],
     ],
-    ADAPTER: [
-        ["--lora-modules=/mnt/files/a"], ['--lora-modules={"name":"a"}'], ["--lora-modules=a b=/mnt/files/a"],
-        ['--lora-modules={"name":"a","path":"/mnt/files/a","x":1}'], ["--lora-modules==/mnt/files/a"],
-        ["--lora-modules=--host=/mnt/files/a"],
+    ADAPTER: [["--lora-modules=/mnt/files/a"], ["--lora-modules", "sql=/mnt/files/a", "/mnt/files/b"]],
+    ADAPTER_NAME: [
+        ["--lora-modules=a b=/mnt/files/a"], ["--lora-modules==/mnt/files/a"], ["--lora-modules=--host=/mnt/files/a"],
+        ['--lora-modules={"name":"a","path":"/mnt/files/a","base_model_name":"a b"}'],
+    ],
+    ADAPTER_KEYS: [
+        ['--lora-modules={"name":"a"}'], ['--lora-modules={"name":"a","path":"/mnt/files/a","x":1}'],
     ],
     KEY: [
         ["--hf-overrides.auto_map.AutoModel=a.B"], ['--hf-overrides={"auto_map":{"AutoModel":"a--b.C"}}'],

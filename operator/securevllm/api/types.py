@@ -387,7 +387,13 @@ class EngineVolume(Model):
     name: Annotated[DnsLabel, Field(max_length=50)] = Field(description="Name of the volume.")
     mount_path: Annotated[
         str,
-        Field(max_length=253, pattern=r"^/(data|mnt)(/[A-Za-z0-9_][A-Za-z0-9._-]*)+$"),
+        Field(
+            max_length=253,
+            pattern=r"^(/[A-Za-z0-9_][A-Za-z0-9._-]*)+$",
+            json_schema_extra=rules(
+                rule("self.startsWith('/data/') || self.startsWith('/mnt/')", "volumes are mounted below /data or /mnt")
+            ),
+        ),
     ] = Field(description="Folder in the engine's container, below /data or /mnt.")
     config_map: ConfigMapRef | None = Field(None, description="Files from a ConfigMap; read-only.")
     secret: SecretVolume | None = Field(None, description="Files from a Secret; read-only.")

@@ -17,7 +17,7 @@ ROOTS = ("/data", "/mnt")
 """Where volumes of ``spec.engine.volumes`` may be mounted: nothing is loaded from there unless a flag names it."""
 
 _WORD = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}")
-_PATH = re.compile(r"(/[A-Za-z0-9_][A-Za-z0-9._-]{0,127}){1,16}")
+_PATH = re.compile(r"(/[A-Za-z0-9_][A-Za-z0-9._-]*)+")
 _KEY = re.compile(r"[A-Za-z0-9_]{1,64}")
 
 # A number that Python's int() and float() read is not enough: they take "1_0", other alphabets' digits, nan and inf.
