@@ -15,12 +15,13 @@ import threading
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import aiohttp
 import structlog
 
-from securevllm import __version__, log
+from securevllm import __version__, log, resolvers
 from securevllm.api import kinds
 from securevllm.api import types as api
 from securevllm.cluster import Kubernetes, Login, connect
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 logger = structlog.stdlib.get_logger(__name__)
 
 _OURS = f"{MANAGED_BY}={FIELD_MANAGER}"
+_RESOLV_CONF = Path("/etc/resolv.conf")
 _FINISH_SECONDS = 3.0
 _ABORT_SECONDS = 5.0
 
@@ -108,6 +110,10 @@ def run(settings: Settings) -> None:
         OperatorError: it cannot go on; says why.
     """
     log.configure(settings.log_format, settings.log_level)
+    if settings.kubeconfig is None and _RESOLV_CONF.exists():
+        # In a pod: its resolv.conf is that of engines and gateways too.
+        for told in resolvers.unnamed(_RESOLV_CONF.read_text(encoding="utf-8"), settings.context):
+            logger.warning("dns", problem=told)
     try:
         asyncio.run(_main(settings))
     except ExceptionGroup as group:
