@@ -28,7 +28,7 @@ from securevllm.gateways import ReadBack
 from securevllm.generate import Generator, Secrets, decode
 from securevllm.isolation import DefaultDeny
 from securevllm.log import register_secret
-from securevllm.render import Made, Observed, Rendered, accepted, engine, fetch, gateway, keys
+from securevllm.render import Made, Observed, Rendered, accepted, engine, fetch, gateway, keys, router
 from securevllm.render import render as render_resource
 from securevllm.render.meta import ISOLATION, RESTART_ANNOTATION, Owner
 from securevllm.rollout import Look, Rollout
@@ -338,6 +338,7 @@ class Reconciler:
             facts,
             suspended=spec.suspend,
             engine=self._engine(owner, rendered, look),
+            router=self._router(owner, spec),
             gateway=self._workload(owner, gateway.ROLE),
             fetch=self._fetch(owner, spec),
             keys=clients.judged.problems,
@@ -358,7 +359,8 @@ class Reconciler:
         files = [f"ConfigMap {owner.child(gateway.XDS_SUFFIX)}", f"Secret {owner.child(gateway.AUTH_SUFFIX)}"]
         written = not isolation.failures and not any(configuration.of(gateway.ROLE, name) for name in files)
         if written and ("Secret", owner.child(gateway.AUTH_SUFFIX)) not in held_back:
-            served, looked = await self._read_back.look(owner, rendered, found.engine.ready if found.engine else 0)
+            behind = found.router or found.engine
+            served, looked = await self._read_back.look(owner, rendered, behind.ready if behind else 0)
             found = replace(found, served=served)
         tls, unfetched = await asyncio.gather(
             self._missing(owner, {"gateway.tls": spec.gateway.tls.secret_name}),
@@ -399,6 +401,7 @@ class Reconciler:
         wanted = _PRUNED_FIRST
         if everything:
             complete = all(item is not None and item.complete for item in (found.engine, found.gateway))
+            complete = complete and (found.router is None or found.router.complete)
             wanted |= _PRUNED | (_PRUNED_LATE if complete else frozenset())
         objects = (*rendered.objects(), *rendered.withheld)
         # Weights and keys are never thrown away because of an edit that may be a mistake.
@@ -412,6 +415,11 @@ class Reconciler:
         if rendered.topology.groups:
             return self._rollout.facts(look) if rendered.groups else None
         return self._workload(owner, engine.ROLE)
+
+    def _router(self, owner: Owner, spec: api.Spec) -> Workload | None:
+        if spec.disaggregation is None:
+            return None
+        return self._workload(owner, router.ROLE) or Workload(spec.disaggregation.router.replicas)
 
     def _workload(self, owner: Owner, role: str) -> Workload | None:
         live = self._cache.get(Ref(kinds.DEPLOYMENT, owner.namespace, owner.child(role)))

@@ -174,6 +174,7 @@ def render(owner: Owner, accepted: Accepted, context: Context, observed: Observe
         gateway.config_map(owner, files),
         *([gateway.auth_secret(owner, keys_file)] if model.authentication else []),
         gateway.disruption_budget(owner, spec),
+        engine.disruption_budget(owner, topology),
         fetch.claim(owner, spec),
     ]
     gateways = gateway.deployment(owner, spec, settled[gateway.ROLE].pin.template)

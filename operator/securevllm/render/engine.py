@@ -174,6 +174,30 @@ def _stateful_set(owner: Owner, spec: api.Spec, group: Group, member: int, templ
     )
 
 
+def disruption_budget(owner: Owner, topology: Topology) -> Object | None:
+    """A drain takes one group at a time. Budgets count pods, and one that goes takes its group along.
+
+    The gates of the others close then, so that they count as disrupted until the group is whole again; what does not
+    serve is no loss, and must not hold up the drain of a node.
+    """
+    if not topology.groups:
+        return None
+    return owner.object(
+        "policy/v1",
+        "PodDisruptionBudget",
+        ROLE,
+        ROLE,
+        spec={
+            "maxUnavailable": 1,
+            "unhealthyPodEvictionPolicy": "AlwaysAllow",
+            "selector": {
+                "matchLabels": {RESOURCE_LABEL: owner.label},
+                "matchExpressions": [{"key": GROUP_LABEL, "operator": "Exists"}],
+            },
+        },
+    )
+
+
 def heads(owner: Owner, topology: Topology) -> dict[str, str]:
     """Labels that exactly one pod of each model replica has."""
     if not topology.groups:

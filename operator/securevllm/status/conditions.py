@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from securevllm.status.facts import Facts, Workload
+from securevllm.topology import VLLM, Role
 
 Truth = Literal["True", "False", "Unknown"]
 
@@ -46,9 +47,9 @@ def _spec_problems(facts: Facts) -> Verdict | None:
 # ------------------------------------------------------------------------------------------------------ EnginesReady
 
 
-def _failures_of(component: str) -> Check:
+def _failures_of(*components: str) -> Check:
     def check(facts: Facts) -> Verdict | None:
-        mine = sorted(failure for failure in facts.failures if failure.component == component)
+        mine = sorted(failure for failure in facts.failures if failure.component in components)
         if not mine:
             return None
         first = mine[0]
@@ -95,6 +96,12 @@ def _rollout(workload: Callable[[Facts], Workload | None], what: str) -> Check:
         return _no("GroupRestarting", told) if state.restarting else _no("Progressing", told)
 
     return check
+
+
+def _router(facts: Facts) -> Verdict | None:
+    if facts.router is None:
+        return None
+    return _rollout(lambda facts: facts.router, "routers")(facts)
 
 
 def _engines_ready(facts: Facts) -> Verdict | None:
@@ -178,12 +185,13 @@ _CHECKS: Mapping[str, tuple[Check, ...]] = {
     "EnginesReady": (
         _failures_of("isolation"),
         _failures_of("operator"),  # what was accepted could not be kept: no workload is brought
-        _failures_of("engine"),
+        _failures_of(*(role.value for role in (*VLLM, Role.ROUTER))),
         _failures_of("fetch"),
         _suspended,
         _engine_secrets,
         _fetching,
         _rollout(lambda facts: facts.engine, "engines"),
+        _router,
         _engines_ready,
     ),
     "GatewayReady": (

@@ -95,6 +95,7 @@ class Facts:
         lost: the spec is wrong and no accepted one can be read: objects stay as they are.
         suspended: scaled to nothing on purpose.
         engine: the engines; None when the Deployment does not exist.
+        router: between gateway and engines; None when the spec asks for none.
         gateway: the gateways; None when the Deployment does not exist.
         fetch: the download; None when there is nothing to download.
         served: read back from the gateways.
@@ -119,6 +120,7 @@ class Facts:
     lost: bool = False
     suspended: bool = False
     engine: Workload | None = None
+    router: Workload | None = None
     gateway: Workload | None = None
     fetch: Fetch | None = None
     served: Gateway = Gateway()
