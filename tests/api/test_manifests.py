@@ -78,7 +78,7 @@ def test_rights_end_where_the_installation_says(installed: tuple[str, Cluster]) 
     for verb, resource, subresource in [
         ("patch", "securevllmdeployments.securevllm.io", ""),
         ("create", "pods", ""),
-        ("delete", "pods", ""),
+        ("deletecollection", "pods", ""),
         ("delete", "persistentvolumeclaims", ""),
         ("create", "pods", "exec"),
         ("create", "serviceaccounts", "token"),
