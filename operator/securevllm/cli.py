@@ -569,6 +569,13 @@ _Dumper.add_representer(str, _text)
     show_default=True,
     help="Listen on --canary-port; gates look for it. Off: when another process of this machine does.",
 )
+@click.option(
+    "--canary-pods/--no-canary-pods",
+    default=True,
+    show_default=True,
+    help="Measure with short-lived pods in the resources' namespaces, on change and every few hours. Off: Isolated is"
+    " never True, because nothing shows what silence means.",
+)
 @click.option("--workers", default=8, show_default=True, type=click.IntRange(1, 64), help="Resources at once.")
 @_BOUNDS
 @_context_options
@@ -582,6 +589,7 @@ def run(  # noqa: PLR0917 - click gives one argument per option
     http_host: str,
     http_port: int,
     canary_listener: bool,
+    canary_pods: bool,
     workers: int,
     resync: float,
     log_format: Any,
@@ -602,6 +610,7 @@ def run(  # noqa: PLR0917 - click gives one argument per option
         http_host=http_host,
         http_port=http_port,
         canary_listener=canary_listener,
+        canary_pods=canary_pods,
         log_format=log_format,
         log_level=log_level,
         resync_seconds=resync,

@@ -81,7 +81,7 @@ class Generator:
             match item.made:
                 case Made.ENGINE_KEY:
                     wanted = {name: value for name, value in (data or {}).items() if value}
-                    for name in (engine.KEY, engine.SEAL):
+                    for name in (engine.KEY, engine.SEAL, engine.PROBER):
                         wanted.setdefault(name, certs.token().encode())
                 case Made.CLIENT_KEYS:
                     # A user may add clients; an emptied Secret gets a key again.

@@ -5,6 +5,7 @@ Names and labels are an interface: alerts and dashboards read them.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -98,6 +99,23 @@ class Metrics:
             ("kind",),
             registry=self.registry,
         )
+        self._rounds = Histogram(
+            "securevllm_probe_round_duration_seconds",
+            "Duration of a round that measures the isolation of one resource.",
+            ("tier",),
+            buckets=_RECONCILE_BUCKETS,
+            registry=self.registry,
+        )
+        self._connections = Counter(
+            "securevllm_probe_connections", "Connections that the operator tried, by how they ended.", ("reach",),
+            registry=self.registry,
+        )  # fmt: skip
+        self._verified = Gauge(
+            "securevllm_isolation_verified_timestamp_seconds",
+            "Unix time of the last measurement of a SecureVLLMDeployment that had a result.",
+            ("namespace", "name"),
+            registry=self.registry,
+        )
         Gauge(
             "securevllm_build_info", "Version of the operator; always 1.", ("version",), registry=self.registry
         ).labels(version).set(1)
@@ -134,6 +152,18 @@ class Metrics:
         """A resync found changes that the watch had not reported."""
         self._missed.labels(kind).inc(changes)
 
+    def probed(self, tier: str, seconds: float) -> None:
+        """A round of the prober ended: ``cheap``, ``full`` or ``complete``."""
+        self._rounds.labels(tier).observe(seconds)
+
+    def connected(self, reach: str) -> None:
+        """The prober tried a connection."""
+        self._connections.labels(reach).inc()
+
+    def verified(self, namespace: str, name: str, unix_time: float) -> None:
+        """The isolation of a resource was measured."""
+        self._verified.labels(namespace, name).set(unix_time)
+
     def follow(self, *, depth: Callable[[], int], oldest_age: Callable[[], float], leader: Callable[[], bool]) -> None:
         """Read these at every scrape."""
         self._depth.set_function(depth)
@@ -147,3 +177,5 @@ class Metrics:
     def forget(self, namespace: str, name: str) -> None:
         """Remove the conditions of a resource that is gone."""
         self._conditions.statuses.pop((namespace, name), None)
+        with contextlib.suppress(KeyError):
+            self._verified.remove(namespace, name)

@@ -31,7 +31,11 @@ from securevllm.gateways import HttpGateways
 from securevllm.http import HttpServer
 from securevllm.leader import Elector, LeaseSettings, boot_clock
 from securevllm.metrics import Metrics
+from securevllm.proof.asking import HttpAsks
 from securevllm.proof.dial import Listener, accepting
+from securevllm.proof.evidence import Evidences
+from securevllm.proof.others import Others
+from securevllm.proof.prober import Prober
 from securevllm.reconcile import Key, Reconciler
 from securevllm.render.meta import DENY_NAME, INSTANCE, MANAGED_BY, SECRET_LABEL
 from securevllm.store import Store, Watched
@@ -51,11 +55,12 @@ _ABORT_SECONDS = 5.0
 
 WATCHED = (
     Watched(kinds.SECURE_VLLM_DEPLOYMENT),
+    # All of them, not only ours: NetworkPolicies add up, so anybody's can open what ours close.
+    Watched(kinds.NETWORK_POLICY),
     # Repairs look at managedFields of what we apply.
     *(
         Watched(kind, _OURS)
         for kind in (
-            kinds.NETWORK_POLICY,
             kinds.DEPLOYMENT,
             kinds.STATEFUL_SET,
             kinds.SERVICE,
@@ -69,7 +74,7 @@ WATCHED = (
     Watched(kinds.SECRET, SECRET_LABEL),
     Watched(kinds.POD, _OURS, managed_fields=False),
 )
-"""What is watched, and by which label: never all objects of a namespace."""
+"""What is watched, and by which label: of what is numerous, never all objects of a namespace."""
 
 
 def controller_uids(obj: KubeObject) -> Iterator[str]:
@@ -95,8 +100,8 @@ def keys_of(store: Store) -> Callable[[KubeObject], Iterator[Key]]:
             yield Key(namespace, labels.get(INSTANCE, ""))
         elif metadata["name"] == DENY_NAME:
             yield Key(namespace, "")
-        elif obj["kind"] == kinds.SECRET.kind:
-            # A user's Secret: whoever names it will see it.
+        elif obj["kind"] in {kinds.SECRET.kind, kinds.NETWORK_POLICY.kind}:
+            # A user's Secret: whoever names it will see it. A foreign policy: whose pods it selects will see it.
             for resource in store.all(kinds.SECURE_VLLM_DEPLOYMENT, namespace):
                 yield Key(namespace, resource["metadata"]["name"])
 
@@ -166,13 +171,25 @@ class _Process:
             namespaces=[settings.watch_namespace] if settings.watch_namespace else [],
             index=controller_uids,
         )
+        self.prober = Prober(
+            kubernetes,
+            self.store,
+            HttpAsks(session),
+            settings.context,
+            now=_now,
+            monotonic=boot_clock,
+            changed=lambda who: self.queue.add(Key(*who)),
+            observer=metrics,
+            others=Others(kubernetes, boot_clock, everywhere=not settings.watch_namespace),
+        )
         reconciler = Reconciler(
             kubernetes,
             self.store,
             HttpGateways(session),
             settings.context,
             settings.bounds,
-            now=lambda: datetime.now(UTC),
+            evidences=Evidences(self.store, self.prober, settings.context, _now, canary_pods=settings.canary_pods),
+            now=_now,
             monotonic=boot_clock,
             conditions=_told(metrics),
         )
@@ -256,6 +273,7 @@ class _Process:
             group.create_task(self.elector.renew(), name="renew")
             group.create_task(self.watcher.run(), name="watch")
             group.create_task(self._work(), name="work")
+            group.create_task(self.prober.run(), name="prober")
 
     async def _work(self) -> None:
         # Children of resources that were deleted meanwhile are seen only by a complete cache.
@@ -286,6 +304,10 @@ class _Process:
             task.cancel()
         await asyncio.gather(*self._interrupted, return_exceptions=True)
         await self.elector.release()
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
 
 
 def _canary(settings: Settings) -> Listener:

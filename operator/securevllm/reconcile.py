@@ -30,6 +30,7 @@ from securevllm.isolation import DefaultDeny
 from securevllm.log import register_secret
 from securevllm.render import Made, Observed, Rendered, accepted, engine, fetch, gateway, keys, router
 from securevllm.render import render as render_resource
+from securevllm.render.closing import closed
 from securevllm.render.meta import ISOLATION, RESTART_ANNOTATION, Owner
 from securevllm.rollout import Look, Rollout
 from securevllm.status import Facts, Fetch, Workload, status, transitions
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
     from securevllm.cluster import Kubernetes
     from securevllm.context import Context
     from securevllm.gateways import Gateways
+    from securevllm.proof.evidence import Evidences
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -97,6 +99,7 @@ class Reconciler:
         limits: what the platform lets any resource ask for.
         now: wall clock, UTC.
         monotonic: clock for pauses, seconds.
+        evidences: of isolation.
         conditions: told the conditions of every resource, and None when it is gone (metrics).
     """
 
@@ -108,12 +111,14 @@ class Reconciler:
         context: Context,
         limits: bounds.PlatformBounds,
         *,
+        evidences: Evidences,
         now: Callable[[], datetime],
         monotonic: Callable[[], float],
         conditions: Callable[[str, str, Mapping[str, str] | None], None] = lambda *_: None,
     ) -> None:
         self._kubernetes, self._cache, self._context = kubernetes, cache, context
         self._bounds, self._now, self._conditions = limits, now, conditions
+        self._evidences = evidences
         self._children = Children(kubernetes, cache, monotonic)
         self._deny = DefaultDeny(kubernetes, cache, self._children, monotonic)
         self._generator = Generator(self._children, context, now)
@@ -298,7 +303,8 @@ class Reconciler:
             made = await self._generator.make(owner, wanted)
             key = made.data.get(Made.ENGINE_KEY, {})
             clients = await self._client_keys(owner, spec, made)
-            register_secret(key.get(engine.KEY, b"").decode(errors="replace"))
+            for name in (engine.KEY, engine.PROBER):
+                register_secret(key.get(name, b"").decode(errors="replace"))
             for client in clients.judged.keys:
                 register_secret(client.key)
             observed = Observed(
@@ -308,10 +314,15 @@ class Reconciler:
                 restart_at=resource["metadata"].get("annotations", {}).get(RESTART_ANNOTATION, ""),
                 engine_key=key.get(engine.KEY, b""),
                 seal_key=key.get(engine.SEAL, held.seal_key),
+                prober_key=key.get(engine.PROBER, b""),
                 groups=held.kept.groups if held.kept else {},
             )
             rendered, look = self._decided(owner, wanted, observed)
             gates = await self._rollout.shut(look)
+            evidence = self._evidences.gather(owner, rendered, resource.get("status", {}))
+            facts = self._evidences.add(facts, evidence, wanted, resource.get("status", {}))
+            if spec.security.verification.mode == "Enforce" and facts.breached:
+                rendered = closed(owner, rendered)
             isolation = deny
             if not deny.failures:
                 isolation += await self._children.bring(rendered.isolation, owner.uid, component=ISOLATION)
@@ -374,8 +385,9 @@ class Reconciler:
         )
         # A Secret without our label is not watched: somebody who has just forgotten it will make it soon.
         missing = _LOOK_AGAIN if found.missing or found.unfetched else None
-        renewal = self._generator.renewal(made)
-        pauses = (_RESYNC, outcome.again, looked, missing, renewal, look.pause(self._now().timestamp()))
+        self._evidences.follow(resource, owner, wanted, rendered, key.get(engine.PROBER, b""))
+        renewal, waiting = self._generator.renewal(made), look.pause(self._now().timestamp())
+        pauses = (_RESYNC, outcome.again, looked, missing, renewal, waiting, evidence.again)
         return found, min(pause for pause in pauses if pause is not None)
 
     def _decided(self, owner: Owner, wanted: Accepted, observed: Observed) -> tuple[Rendered, Look]:
@@ -460,6 +472,7 @@ class Reconciler:
     async def _gone(self, key: Key) -> float | None:
         """The resource is gone: its children go by their owner reference; the default-deny goes last."""
         self._children.forget(key.namespace, key.name)
+        self._evidences.forget(key.namespace, key.name)
         self._read_back.forget(key.namespace, key.name)
         self._conditions(key.namespace, key.name, None)
         return await self._deny.tidy(key.namespace)

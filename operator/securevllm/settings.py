@@ -28,6 +28,7 @@ class Settings:
         http_host: address of health and metrics.
         http_port: port of health and metrics.
         canary_listener: whether to listen on ``context.canary_port``.
+        canary_pods: whether canary pods may be made in users' namespaces.
         log_format: ``json`` or ``console``.
         log_level: for example ``INFO``.
         resync_seconds: how often everything is listed again: a deletion in a watch gap is never told.
@@ -43,6 +44,7 @@ class Settings:
     http_host: str = "0.0.0.0"  # noqa: S104 - probes come from the node; the operator's own NetworkPolicy limits it
     http_port: int = 8080
     canary_listener: bool = True
+    canary_pods: bool = True
     log_format: Literal["json", "console"] = "json"
     log_level: str = "INFO"
     resync_seconds: float = 600.0

@@ -154,6 +154,7 @@ def expected(kube: Kube, resource: KubeObject) -> Rendered:
         fetched=frozenset(done) & {fetch.job_name(owner, accepted.spec)},
         engine_key=key.get(engine.KEY, b""),
         seal_key=key.get(engine.SEAL, b""),
+        prober_key=key.get(engine.PROBER, b""),
     )
     return render(owner, accepted, Context(), observed)
 

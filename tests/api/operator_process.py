@@ -88,6 +88,7 @@ class OperatorProcess:
         account: its service account, in ``namespace``.
         namespace: of the operator itself: its service account and its Lease.
         arguments: further ones of ``securevllm run``.
+        canary_pods: whether it may make some; most tests look at every pod and every write.
         source: source root of the package.
     """
 
@@ -101,6 +102,7 @@ class OperatorProcess:
         account: str = SERVICE_ACCOUNT,
         namespace: str = OPERATOR_NAMESPACE,
         arguments: Sequence[str] = (),
+        canary_pods: bool = False,
         source: Path = ROOT / "operator",
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -112,6 +114,7 @@ class OperatorProcess:
             token(kube, account=account, namespace=namespace), folder / "kubeconfig", token_file=self.token_file
         )
         self._arguments, self._source = tuple(arguments), source
+        self._canary_pods = canary_pods
         self._port = 0
         self._process: subprocess.Popen[bytes] | None = None
 
@@ -132,6 +135,7 @@ class OperatorProcess:
         command = [
             *(sys.executable, "-m", "securevllm", "run", "--kubeconfig", str(self._kubeconfig)),
             *("--http-host", "127.0.0.1", "--http-port", str(self._port), "--identity", self.identity),
+            *(() if self._canary_pods else ("--no-canary-pods",)),
             "--no-canary-listener",  # one port on one machine: several operators run side by side
             *("--operator-namespace", self.namespace, *self._arguments),
         ]

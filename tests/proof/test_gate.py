@@ -119,7 +119,7 @@ def test_given_up_in_words_it_only_waits_for_the_group(tmp_path: Path) -> None:
 
 def member(rank: int, port: int, folder: Path, *, of: int = 3, world: str = "g0/1", **environment: str) -> GateProcess:
     members = tuple(f"127.0.1.{number + 1}" for number in range(of))
-    told = config(SHUT, stable_seconds=0.5, barrier=Barrier(port, rank, members, world))
+    told = config(SHUT, stable_seconds=0.5, barrier=Barrier(port, str(rank), members, world))
     return GateProcess(told, folder / f"{rank}.log", {"POD_IP": members[rank], **environment})
 
 
@@ -138,7 +138,9 @@ def test_nobody_starts_before_the_last_member_is_there(tmp_path: Path) -> None:
 def test_a_member_that_is_not_isolated_holds_back_all(tmp_path: Path) -> None:
     port = free_port()
     with gates() as started, listening() as api:
-        told = config(Forbidden("it", "127.0.0.1", str(api)), barrier=Barrier(port, 1, ("127.0.1.1", "127.0.1.2"), "w"))
+        told = config(
+            Forbidden("it", "127.0.0.1", str(api)), barrier=Barrier(port, "1", ("127.0.1.1", "127.0.1.2"), "w")
+        )
         started.append(member(0, port, tmp_path, of=2, world="w"))
         started.append(GateProcess(told, tmp_path / "1.log", {"POD_IP": "127.0.1.2"}))
         started[0].says("127.0.1.2: it is up and waits for its own isolation or for others")
@@ -188,7 +190,7 @@ class Clock:
 def met(step: Step, *, answers: bool = True, at: float = 100.0) -> tuple[Meeting, Clock]:
     """The meeting of a member that is released, and of another one that was seen last in a step."""
     clock = Clock()
-    meeting = Meeting(Barrier(1, 0, ("a", "b")), "w", clock)
+    meeting = Meeting(Barrier(1, "0", ("a", "b")), 0, "w", clock)
     meeting.seen[1] = Seen(Hello("w", 1, "i", Step.ISOLATED), clock.now, answers=True)
     assert not meeting.advance(isolated=True)
     assert meeting.step is Step.RELEASED
@@ -324,7 +326,7 @@ def test_a_wrong_configuration_is_wrong_usage(text: str) -> None:
 
 
 def test_a_configuration_survives_its_text_and_a_newer_one_is_understood() -> None:
-    told = config(SHUT, Forbidden("b", "c", "2", (6443,)), barrier=Barrier(29499, 1, ("a", "b"), "w"))
+    told = config(SHUT, Forbidden("b", "c", "2", (6443,)), barrier=Barrier(29499, "1", ("a", "b"), "w"))
     assert load_gate(dump(told)) == told
     newer = json.loads(dump(told)) | {"later": 1}
     newer["forbidden"][0]["later"] = newer["barrier"]["later"] = 1

@@ -27,7 +27,7 @@ SAMPLES = sorted((ROOT / "manifests" / "samples").glob("*.yaml"))
 IDS = {path: path.relative_to(ROOT).as_posix() for path in (*PAGES, *SAMPLES)}
 
 # The argument of a call that is a condition's reason: its position, or its name.
-_CALLS = {"Problem": (1, "reason"), "Verdict": (1, "reason"), "_no": (0, "reason")}
+_CALLS = {"Problem": (1, "reason"), "Verdict": (1, "reason"), "Proof": (1, "reason"), "_no": (0, "reason")}
 
 
 _HOSTS = {
@@ -62,6 +62,7 @@ def _reasons(tree: ast.AST) -> Iterator[str]:
 
 def _reasons_of_code() -> set[str]:
     files = [*(CODE / "api").rglob("*.py"), *(CODE / "status").glob("*.py"), CODE / "children.py"]
+    files.append(CODE / "proof" / "verdict.py")
     return {reason for path in files for reason in _reasons(ast.parse(path.read_text(encoding="utf-8")))}
 
 

@@ -91,7 +91,7 @@ def test_what_a_declared_egress_may_reach_is_no_target(spec: dict[str, Any], lef
 
 
 def test_a_group_meets_in_its_gates() -> None:
-    barrier = Barrier(29499, 1, ("a.", "b."), "g0/1")
+    barrier = Barrier(29499, "1", ("a.", "b."), "g0/1")
     assert load_gate(containers(barrier)[-1]["env"][-1]["value"]).barrier == barrier
 
 
@@ -99,7 +99,7 @@ def test_given_up_in_words_there_is_no_gate_but_a_group_still_meets() -> None:
     off: dict[str, Any] = {"security": {"gate": {"disabled": WHY}}}
     assert containers(**off) == []
     assert "initContainers" not in engine(**off)
-    config = load_gate(containers(Barrier(1, 0, ("a", "b")), **off)[-1]["env"][-1]["value"])
+    config = load_gate(containers(Barrier(1, "0", ("a", "b")), **off)[-1]["env"][-1]["value"])
     assert (config.isolation, config.forbidden) == (False, ())
     assert parse("llama", FINE | off).risks == (f"security.gate.disabled: {WHY}",)
 

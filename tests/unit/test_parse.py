@@ -311,13 +311,6 @@ REFUSED: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
     ),
     ("metrics", {"security": {"metrics": {"from": {}}}}, "spec.security.metrics", "NotSupportedYet", ("leave it out",)),
     (
-        "enforce",
-        {"security": {"verification": {"mode": "Enforce"}}},
-        "spec.security.verification.mode",
-        "NotSupportedYet",
-        ("Report",),
-    ),
-    (
         "no tag",
         {"image": "vllm/vllm-openai"},
         "spec.image",
@@ -386,13 +379,6 @@ REFUSED: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
         ("begins at 0.11.0",),
     ),
     ("port that nobody opens", {"ports": {"kvEvents": 7000}}, "spec.ports.kvEvents", "PortUnused", ("kvEvents",)),
-    (
-        "interval of nothing",
-        {"security": {"verification": {"interval": "5m"}}},
-        "spec.security.verification.interval",
-        "NotSupportedYet",
-        ("not measured",),
-    ),
     ("privileged port", {"ports": {"api": 80}}, "spec.ports.api", "InvalidSpec", ("1024",)),
     (
         "unknown route",

@@ -190,16 +190,6 @@ def _not_supported(spec: api.Spec) -> Iterator[Problem]:
         ("spec.gateway.authentication.mtls", gateway.authentication.mtls is not None, "use apiKeys"),
         ("spec.gateway.autoscaling", gateway.autoscaling is not None, "set gateway.replicas"),
         ("spec.security.metrics", security.metrics is not None, "leave it out"),
-        (
-            "spec.security.verification.mode",
-            security.verification.mode == "Enforce",
-            "use Report: isolation is not measured yet",
-        ),
-        (
-            "spec.security.verification.interval",
-            "interval" in security.verification.model_fields_set,
-            "leave it out: isolation is not measured yet",
-        ),
     ]
     for field, asked, instead in later:
         if asked:

@@ -723,11 +723,16 @@ class Verification(Model):
     # Not "Off": YAML 1.1 reads the bare word as false.
     mode: Literal["Enforce", "Report", "Disabled"] = Field(
         "Report",
-        description="Report: what is measured is told in status. Enforce: Ready needs it, too (not supported yet)."
-        " Disabled: nothing is measured.",
+        description="Report: what is measured is told in status. Enforce: Ready needs it, too, and while isolation is"
+        " known to be broken no request reaches an engine. Disabled: nothing is measured.",
     )
     interval: Duration = Field(
         "5m", description="Time between two measurements; 10s to 24h.", json_schema_extra=_lasts(VERIFICATION_INTERVAL)
+    )
+    canary_pods: Literal["Enabled", "Disabled"] = Field(
+        "Enabled",
+        description="Short-lived pods of the operator's image in this namespace, on change and every few hours."
+        " Disabled: Isolated is never True, because nothing shows what silence means.",
     )
 
 

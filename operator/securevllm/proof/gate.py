@@ -113,12 +113,14 @@ class Meeting:
 
     Attributes:
         barrier: who takes part.
+        rank: of this member.
         world: of this start.
         clock: monotonic seconds.
         step: how far this member is.
     """
 
     barrier: Barrier
+    rank: int
     world: str
     clock: Callable[[], float]
     step: Step = Step.UP
@@ -128,11 +130,11 @@ class Meeting:
 
     def __post_init__(self) -> None:
         ranks = range(len(self.barrier.members))
-        self.seen = {rank: Seen() for rank in ranks if rank != self.barrier.rank}
+        self.seen = {rank: Seen() for rank in ranks if rank != self.rank}
 
     def hello(self) -> bytes:
         """What this member tells everybody."""
-        return Hello(self.world, self.barrier.rank, self.instance, self.step).line()
+        return Hello(self.world, self.rank, self.instance, self.step).line()
 
     async def look(self) -> None:
         """Ask every other member once, side by side."""
@@ -225,12 +227,13 @@ class Gate:
 
         Raises:
             OSError: the barrier port cannot be opened.
+            ValueError: the rank is no number.
         """
         barrier = self._config.barrier
         if barrier is None:
             await self._wait(None)
             return
-        meeting = Meeting(barrier, self._expanded(barrier.world), self._clock)
+        meeting = Meeting(barrier, int(self._expanded(barrier.rank)), self._expanded(barrier.world), self._clock)
         listener = accepting(self._environment.get(POD_IP) or "0.0.0.0", barrier.port)  # noqa: S104 - without a pod
         async with Listener((listener,), meeting.hello):
             await self._wait(meeting)
@@ -352,5 +355,8 @@ def main(arguments: list[str]) -> int:
     except OSError as error:
         teller(f"the barrier port cannot be opened: {error}")
         return 1
+    except ValueError as error:
+        teller(f"the barrier cannot be used: {error}")
+        return 2
     teller.done()
     return 0

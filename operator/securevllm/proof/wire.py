@@ -62,14 +62,14 @@ class Barrier:
 
     Attributes:
         port: of every member's gate.
-        rank: of this member; its place in ``members``.
+        rank: number of this member, its place in ``members``, or ``$NAME``.
         members: names of all pods of the group, rank 0 first.
         world: what all members of one start have in common; a pod of an earlier start is no member. ``$NAME`` is read
             from the environment.
     """
 
     port: int
-    rank: int
+    rank: str
     members: tuple[str, ...]
     world: str = ""
 

@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from securevllm.render import accepted as kept
-from securevllm.render import engine, envoy, fetch, gate, gateway, pods, policies, router
+from securevllm.render import engine, envoy, fetch, gate, gateway, keys, pods, policies, router
 from securevllm.render.meta import Object, Owner, stamp
 from securevllm.render.readback import versions_of
 from securevllm.render.vllm import Process
@@ -53,6 +53,7 @@ class Observed:
         engine_key: the engines' API key; a new one restarts them, because they read it at their start.
         seal_key: key of the seal on what was accepted, and of everything that is derived from a secret.
         groups: what is remembered of each group, by its name; kept as it is given, and the epochs are rendered.
+        prober_key: the prober's own client key.
     """
 
     client_keys: tuple[envoy.ClientKey, ...] = ()
@@ -62,6 +63,14 @@ class Observed:
     engine_key: bytes = field(default=b"", repr=False)
     seal_key: bytes = field(default=b"", repr=False)
     groups: Mapping[str, kept.GroupMemory] = field(default_factory=dict)
+    prober_key: bytes = field(default=b"", repr=False)
+
+    def clients(self) -> tuple[envoy.ClientKey, ...]:
+        """Everybody whom the gateways let in."""
+        key = self.prober_key.decode("ascii", "replace")
+        # A key that a person has put there and that no header can carry must not take the others along.
+        usable = envoy.CLIENT_KEY.fullmatch(key) is not None and key not in {item.key for item in self.client_keys}
+        return (*self.client_keys, *([envoy.ClientKey(keys.PROBER, key)] if usable else []))
 
 
 @dataclass(frozen=True)
@@ -135,7 +144,7 @@ def render(owner: Owner, accepted: Accepted, context: Context, observed: Observe
     topology = plan(spec, context)
     model = gateway.model(owner, spec, accepted.version, topology, context)
     files = envoy.envoy_files(model)
-    keys_file = envoy.api_keys_file(observed.client_keys, observed.seal_key) if model.authentication else ""
+    keys_file = envoy.api_keys_file(observed.clients(), observed.seal_key) if model.authentication else ""
     started_with = engine.StartedWith(observed.restart_at, kept.fingerprint(observed.seal_key, observed.engine_key))
 
     job = fetch.job(owner, spec)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from securevllm.api import types as api
+    from securevllm.proof.wire import Barrier
     from securevllm.render.vllm import Process
 
 ROLE = Role.ENGINE.value
@@ -37,6 +38,7 @@ ROLE = Role.ENGINE.value
 KEY_SECRET = "engine-key"  # noqa: S105 - the suffix of a Secret's name
 KEY = "api-key"
 SEAL = "seal-key"
+PROBER = "prober-key"
 
 HEALTH_PATH = "/health"
 _PROBE_SECONDS = 10
@@ -245,7 +247,9 @@ def template(process: Process, started_with: StartedWith) -> Object:
             *map(_mount, engine.volumes),
         ],
     }
-    held_back = gate.init_containers(spec, process.topology, process.role, process.context, image=spec.image)
+    held_back = gate.init_containers(
+        spec, process.topology, process.role, process.context, image=spec.image, barrier=_barrier(process)
+    )
     pod: dict[str, Any] = {
         "terminationGracePeriodSeconds": grace,
         **({"initContainers": held_back} if held_back else {}),
@@ -271,6 +275,17 @@ def template(process: Process, started_with: StartedWith) -> Object:
         labels=engine.labels | place,
         annotations=engine.annotations | {name: value for name, value in notes.items() if value},
     )
+
+
+def _barrier(process: Process) -> Barrier | None:
+    """Where the pods of a replica wait for each other; None: it has only one."""
+    if process.side.shape.pods == 1:
+        return None
+    hosts = (
+        vllm.member_host(process.owner, vllm.GROUP, member, process.context)
+        for member in range(process.side.shape.pods)
+    )
+    return gate.barrier(process.port("barrier"), tuple(f"{host}." for host in hosts))
 
 
 def _http(process: Process) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from securevllm.context import CidrPeer
 from securevllm.proof import wire
 from securevllm.render import pods
+from securevllm.render.meta import EPOCH_LABEL, MEMBER_LABEL, TEMPLATE_LABEL
 from securevllm.topology import Outbound, Outside
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def init_containers(
         forbidden=forbidden(topology, role, context) if measured else (),
         barrier=barrier,
     )
+    place = [] if barrier is None else _place()
     return [
         {
             "name": PULL,
@@ -76,11 +78,30 @@ def init_containers(
             "env": [
                 pods.field_env(wire.POD_IP, "status.podIP"),
                 pods.field_env(wire.NODE_IP, "status.hostIP"),
+                *place,
                 {"name": wire.GATE_VARIABLE, "value": wire.dump(config)},
             ],
             "resources": RESOURCES,
             "securityContext": pods.CONTAINER_SECURITY,
         },
+    ]
+
+
+def barrier(port: int, members: tuple[str, ...]) -> wire.Barrier:
+    """Where the members of a group meet; the pods' own labels say which of them this is, and of which start.
+
+    Args:
+        port: of the socket ``barrier``.
+        members: names of all pods of the group, the head first.
+    """
+    return wire.Barrier(port, "$MEMBER", members, "$WORLD")
+
+
+def _place() -> list[Object]:
+    labels = {"MEMBER": MEMBER_LABEL, "TEMPLATE": TEMPLATE_LABEL, "EPOCH": EPOCH_LABEL}
+    return [
+        *(pods.field_env(name, f"metadata.labels['{label}']") for name, label in labels.items()),
+        {"name": "WORLD", "value": "$(TEMPLATE)/$(EPOCH)"},
     ]
 
 

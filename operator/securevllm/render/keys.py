@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from securevllm.render.envoy import CLIENT_ID, CLIENT_KEY, ClientKey
 
+PROBER = "securevllm-prober"
+"""The client id of the operator's own prober, which asks for what must be refused."""
+
 _TEXT = "16 to 512 characters of A-Z a-z 0-9 . _ ~ + / = -"
 
 
@@ -32,6 +35,8 @@ def judge(secrets: Mapping[str, Mapping[str, bytes]]) -> ClientKeys:
             text = value.decode("ascii", "replace").removesuffix("\n").removesuffix("\r")
             if CLIENT_ID.fullmatch(client) is None:
                 problems.append(f"Secret {secret}, data key {client!r}: not a client id of at most 63 characters")
+            elif client == PROBER:
+                problems.append(f"Secret {secret}, client {client}: this id is the operator's own")
             elif CLIENT_KEY.fullmatch(text) is None:
                 problems.append(f"Secret {secret}, client {client}: a key is {_TEXT}")
             elif text in keys:

@@ -35,6 +35,9 @@ HASH_ANNOTATION = f"{api.GROUP}/rendered"
 RESTART_ANNOTATION = f"{api.GROUP}/restart-at"
 """A user writes it on the resource; the engines restart when it changes."""
 
+VERIFY_ANNOTATION = f"{api.GROUP}/verify-at"
+"""A user writes it on the resource; isolation is measured anew when it changes."""
+
 ENGINE_KEY_ANNOTATION = f"{api.GROUP}/engine-key"
 """On engine pods: stands for the API key that they were started with."""
 

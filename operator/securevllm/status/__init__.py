@@ -50,6 +50,7 @@ def status(facts: Facts, previous: Mapping[str, Any], now: str) -> dict[str, Any
         "outdated": list(facts.outdated),
         "acceptedRisks": list(facts.risks),
         "conditions": merge(facts, previous.get("conditions", ()), now),
+        **({"lastVerified": facts.verified} if facts.verified else {}),
     }
 
 

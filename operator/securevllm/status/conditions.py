@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from securevllm.status.facts import Facts, Workload
 from securevllm.topology import VLLM, Role
@@ -170,11 +170,41 @@ def _not_measured(facts: Facts) -> Verdict | None:
     if facts.verification == "Disabled":
         told = "spec.security.verification.mode is Disabled: nothing is measured."
         return Verdict("Unknown", "VerificationDisabled", told)
-    return Verdict(
-        "Unknown",
-        "NotMeasured",
-        "The policies are applied; whether the network enforces them is not measured by this release.",
+    return None
+
+
+def _gate_held(facts: Facts) -> Verdict | None:
+    if not facts.held:
+        return None
+    more = f" and {len(facts.held) - 1} more" if len(facts.held) > 1 else ""
+    return _no(
+        "PolicyNotEnforced",
+        f"The gate of {facts.held[0]}{more} has held its engine back for more than 30 s. Most likely NetworkPolicies"
+        " are not enforced: install a network plugin that does, such as Cilium or Calico. What it waits for:"
+        f" kubectl logs {facts.held[0]} -c gate",
     )
+
+
+def _gate_disabled(facts: Facts) -> Verdict | None:
+    if not facts.gate_disabled:
+        return None
+    told = "Engines start without having seen their isolation, by spec.security.gate.disabled"
+    return _no("GateDisabled", f"{told}: {facts.gate_disabled}")
+
+
+def _foreign(facts: Facts) -> Verdict | None:
+    if not facts.foreign:
+        return None
+    told = "NetworkPolicies add up, and others open what this operator closes"
+    return _no("ForeignPolicy", f"{told}: {facts.foreign}. Narrow them, or declare the flow in the spec.")
+
+
+def _measured(facts: Facts) -> Verdict | None:
+    proof = facts.proof
+    if proof is None:
+        told = "The policies are applied; the first measurement is under way or waits for a Ready engine."
+        return Verdict("Unknown", "NotMeasured", told)
+    return Verdict(cast("Truth", proof.status), proof.reason, proof.message)
 
 
 _CHECKS: Mapping[str, tuple[Check, ...]] = {
@@ -206,7 +236,15 @@ _CHECKS: Mapping[str, tuple[Check, ...]] = {
         _unconnected,
         _gateway_ready,
     ),
-    "Isolated": (_failures_of("isolation"), _network_devices, _not_measured),
+    "Isolated": (
+        _failures_of("isolation"),
+        _gate_held,
+        _foreign,
+        _network_devices,
+        _gate_disabled,
+        _not_measured,
+        _measured,
+    ),
 }
 
 
@@ -217,7 +255,8 @@ def _decide(checks: Iterable[Check], facts: Facts) -> Verdict:
 def verdicts(facts: Facts) -> dict[str, Verdict]:
     """All conditions, in the order in which the status shows them."""
     found = {name: _decide(checks, facts) for name, checks in _CHECKS.items()}
-    for name in ("Accepted", "EnginesReady", "GatewayReady"):
+    needed = ("Isolated",) if facts.verification == "Enforce" else ()
+    for name in ("Accepted", "EnginesReady", "GatewayReady", *needed):
         if found[name].status != "True":
             found["Ready"] = _no(found[name].reason, f"{name}: {found[name].message}")
             break

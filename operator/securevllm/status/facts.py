@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from securevllm.api.advisories import Hit
     from securevllm.errors import Problem
+    from securevllm.proof.verdict import Proof
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,11 @@ class Facts:
         version: the vLLM version, as claimed by the image.
         advisories: published holes that concern the spec.
         verification: mode of ``spec.security.verification``.
+        proof: the verdict of what was measured; None before the first round.
+        held: pods that their gates hold back.
+        foreign: what policies of others open.
+        gate_disabled: why engines start without having seen their isolation; empty: they see it.
+        verified: RFC 3339 time to show as ``lastVerified``.
     """
 
     generation: int
@@ -137,6 +143,16 @@ class Facts:
     version: str = ""
     advisories: tuple[Hit, ...] = ()
     verification: str = "Report"
+    proof: Proof | None = None
+    held: tuple[str, ...] = ()
+    foreign: str = ""
+    gate_disabled: str = ""
+    verified: str = ""
+
+    @property
+    def breached(self) -> bool:
+        """Whether isolation is known to be broken; what is only not measured is not."""
+        return bool(self.foreign) or (self.proof is not None and self.proof.status == "False")
 
 
 _STARTING = frozenset({"ContainerCreating", "PodInitializing"})

@@ -1,0 +1,132 @@
+"""What is probed, and what gateways are asked. Pure: from the topology, the pods and the catalogue."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from securevllm import catalogue
+from securevllm.render.meta import GROUP_LABEL, ROLE_LABEL
+from securevllm.topology import VLLM, Role, Topology
+
+PROBED = frozenset({*VLLM, Role.ROUTER})
+_STARTUP_ONLY = frozenset({"barrier"})
+"""Sockets that are closed when a pod is Ready: refused would say nothing."""
+
+ASKED_AT_MOST = 24
+"""Forbidden requests that one gateway is asked in a round."""
+
+_POSTS = 4
+_DANGEROUS = frozenset({"control", "observability"})
+
+_VARIABLE = re.compile(r"\{[a-z_]+\}")
+
+LIMITS = ("random ports", "UDP", "the pods' own nodes", "hostNetwork pods", "exec and port-forward")
+"""What no round measures; said with every verdict."""
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """A socket of a pod that must not be reached.
+
+    Attributes:
+        pod: name.
+        uid: of the pod: a recreated one is another.
+        node: where it runs.
+        group: the world that it belongs to: its group, or the pod itself.
+        address: one of its addresses; each family is probed.
+        port: number.
+        socket: name in the topology.
+    """
+
+    pod: str
+    uid: str
+    node: str
+    group: str
+    address: str
+    port: int
+    socket: str
+
+
+def endpoints(topology: Topology, pods: Iterable[Mapping[str, Any]]) -> tuple[Endpoint, ...]:
+    """Every named fixed TCP port of every Ready pod that runs model code or routes to it."""
+    ports: dict[str, dict[int, str]] = {}
+    for socket in topology.sockets:
+        if socket.role in PROBED and socket.protocol == "TCP" and socket.port and socket.name not in _STARTUP_ONLY:
+            # Of a range (one port for each rank) the first is listened on by some pod only: the others would say less.
+            ports.setdefault(socket.role, {})[socket.port] = socket.name
+    return tuple(
+        Endpoint(
+            pod["metadata"]["name"],
+            pod["metadata"]["uid"],
+            pod["spec"].get("nodeName", ""),
+            pod["metadata"]["labels"].get(GROUP_LABEL) or pod["metadata"]["name"],
+            address["ip"],
+            port,
+            name,
+        )
+        for pod in sorted(pods, key=lambda item: str(item["metadata"]["name"]))
+        if is_ready(pod)
+        for address in pod["status"].get("podIPs", ())
+        for port, name in sorted(ports.get(pod["metadata"]["labels"].get(ROLE_LABEL, ""), {}).items())
+    )
+
+
+def is_ready(pod: Mapping[str, Any]) -> bool:
+    """Whether a pod is Ready, and stays: only then its sockets are known to listen."""
+    conditions = {item["type"]: item["status"] for item in pod.get("status", {}).get("conditions", ())}
+    return conditions.get("Ready") == "True" and not pod["metadata"].get("deletionTimestamp")
+
+
+def one_per_group(found: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
+    """The cheap round: one port of each group."""
+    first: dict[str, Endpoint] = {}
+    for endpoint in found:
+        first.setdefault(endpoint.group, endpoint)
+    return tuple(first.values())
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request that every gateway must refuse, and that would do no harm if it did not.
+
+    Attributes:
+        method: GET on what vLLM takes by POST only, so that vLLM itself would refuse it.
+        path: without variables.
+        body: not JSON, for what is sent by POST.
+        keyed: with the prober's key.
+    """
+
+    method: str
+    path: str
+    body: str = ""
+    keyed: bool = True
+
+
+def requests(version: catalogue.Version, allowed: Iterable[tuple[str, str]], *, authenticated: bool) -> list[Request]:
+    """What a gateway is asked in a full round.
+
+    Args:
+        version: of vLLM.
+        allowed: method and path of the effective allowlist.
+        authenticated: whether clients need a key.
+    """
+    opened = {*allowed}
+    # A path with a variable may be the neighbour of an open one: only literal ones are surely shut.
+    shut = [
+        route
+        for key, route in sorted(catalogue.routes_of(version).items())
+        if key not in opened and route.method != catalogue.WEBSOCKET and _VARIABLE.search(route.path) is None
+    ]
+    shut.sort(key=lambda route: route.category not in _DANGEROUS)
+    wanted = [
+        Request("GET", path) for path in dict.fromkeys(route.path for route in shut) if ("GET", path) not in opened
+    ]
+    # Inference reads a body: vLLM answers 4xx to what is not JSON. Control routes that read none are never sent a POST.
+    posts = [route.path for route in shut if route.method == "POST" and route.category == "inference"]
+    wanted = [*wanted[: ASKED_AT_MOST - len(posts[:_POSTS])], *(Request("POST", path, "{") for path in posts[:_POSTS])]
+    if authenticated:
+        wanted += [Request("GET", path, keyed=False) for method, path in sorted(opened) if method == "GET"][:1]
+    return wanted

@@ -1,0 +1,254 @@
+"""From what one round saw to a verdict. Pure, and the only place where it is decided what proves what.
+
+* Against a target that is known to listen, only a completed handshake is "reachable"; silence and refusal are both
+  "blocked". A target that was not Ready with the same address before and after says nothing.
+* Blocked counts only beside a positive control of the same round: the same vantage point reached something on the same
+  node and port that it may reach. An egress deny at the source would look like isolation otherwise.
+* Reachable needs no control: it is a fact.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from securevllm.proof.wire import BLOCKED, Reach
+
+
+class Vantage(StrEnum):
+    """From where it was tried."""
+
+    OPERATOR = "the operator"
+    CANARY = "a canary pod of the same namespace"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One attempt to reach what must not be reached.
+
+    Attributes:
+        vantage: from where.
+        pod: name of the target.
+        node: where it runs.
+        port: that was tried.
+        socket: name of the socket in the topology.
+        reach: how it ended.
+        steady: the target was Ready with the same address before and after.
+    """
+
+    vantage: Vantage
+    pod: str
+    node: str
+    port: int
+    socket: str
+    reach: Reach
+    steady: bool = True
+
+
+@dataclass(frozen=True)
+class Control:
+    """One attempt to reach what may be reached: a listener of ours on the same node and port."""
+
+    vantage: Vantage
+    node: str
+    port: int
+    reach: Reach
+
+
+class Asked(StrEnum):
+    """What a gateway made of a request that it must refuse."""
+
+    REFUSED = "refused"
+    """By itself: 401, 403 or 404 with its marker."""
+    PASSED = "passed"
+    """The answer is not the gateway's own: the request reached an engine."""
+    UNCLEAR = "unclear"
+    """No answer, or one that tells neither: not measured."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """One request that a gateway must refuse.
+
+    Attributes:
+        pod: the gateway.
+        method: of the request.
+        path: of the request.
+        keyed: with the prober's own key; without one only authentication is measured.
+        asked: what came of it.
+    """
+
+    pod: str
+    method: str
+    path: str
+    keyed: bool
+    asked: Asked
+
+
+@dataclass(frozen=True)
+class Round:
+    """What one round saw.
+
+    Attributes:
+        samples: of engines and routers.
+        controls: beside them.
+        questions: to gateways; None: nobody was asked in this round.
+        targets: how many pods could have been targets.
+        lacking: vantage points and measurements that this round lacks, each with its reason.
+        limits: what is never measured, or is present and not evaluated; told with every verdict.
+        complete: with canary pods: only such a round can say that something is isolated.
+    """
+
+    samples: tuple[Sample, ...] = ()
+    controls: tuple[Control, ...] = ()
+    questions: tuple[Question, ...] | None = None
+    targets: int = 0
+    lacking: tuple[str, ...] = ()
+    limits: tuple[str, ...] = ()
+    complete: bool = False
+
+
+@dataclass(frozen=True)
+class Proof:
+    """A verdict, as the condition ``Isolated`` shows it.
+
+    Attributes:
+        status: True, False or Unknown.
+        reason: CamelCase.
+        message: for a person; the same for the same findings, whatever the time.
+        verified_at: RFC 3339 time of the measurement; empty: nothing was measured.
+    """
+
+    status: str
+    reason: str
+    message: str
+    verified_at: str = field(default="", compare=False)
+
+
+_SHOWN = 5
+
+
+def judge(seen: Round, before: Proof | None) -> Proof:
+    """The verdict after a round.
+
+    Args:
+        seen: the round.
+        before: the verdict so far; a round without canary pods keeps a verdict that it does not contradict.
+    """
+    certain = _reached(seen) or _passed(seen) or _nothing(seen)
+    if certain is not None:
+        return certain
+    if not seen.complete:
+        return before or Proof("Unknown", "NotMeasured", "The first complete round is under way.")
+    unclear = _unclear(seen)
+    if unclear and before is not None and before.reason == "ForbiddenRouteOpen":
+        return before  # a gateway without engines answers 503, which takes nothing back
+    return _uncontrolled(seen) or _not_asked(seen, unclear) or _isolated(seen)
+
+
+def _nothing(seen: Round) -> Proof | None:
+    if seen.targets:
+        return None
+    return Proof("Unknown", "NothingToMeasure", "No engine is Ready: there is nothing that could be reached.")
+
+
+def _not_asked(seen: Round, unclear: list[str]) -> Proof | None:
+    if not unclear:
+        return None
+    told = "The gateways could not be asked for forbidden routes."
+    return Proof("Unknown", "GatewayNotAsked", _join(told, *unclear, *_reasons(seen)))
+
+
+def _reached(seen: Round) -> Proof | None:
+    opened = sorted(
+        (item for item in seen.samples if item.steady and item.reach is Reach.OPEN),
+        key=lambda item: (item.pod, item.port, item.vantage),
+    )
+    if not opened:
+        return None
+    told = [f"{item.pod} port {item.port} ({item.socket}) from {item.vantage}" for item in opened]
+    return Proof(
+        "False",
+        "EngineReachable",
+        f"{_some(told)} can be reached, and no policy allows it: the network does not enforce the NetworkPolicies."
+        " Requests can pass the gateway by. Install a network plugin that enforces them, or look at what it says.",
+    )
+
+
+def _passed(seen: Round) -> Proof | None:
+    passed = sorted({(item.pod, f"{item.method} {item.path}") for item in _asked(seen, Asked.PASSED)})
+    if not passed:
+        return None
+    told = [f"{route} at {pod}" for pod, route in passed]
+    return Proof(
+        "False",
+        "ForbiddenRouteOpen",
+        f"{_some(told)} was not refused by the gateway: its configuration is not the one that was rendered.",
+    )
+
+
+def _unclear(seen: Round) -> list[str]:
+    """What to tell of gateways that were not, or not usefully, asked; empty: all refused."""
+    if seen.questions is None:
+        return ["None is ready."]
+    unclear = sorted({item.pod for item in _asked(seen, Asked.UNCLEAR)})
+    return [f"No clear answer from {_some(unclear)}."] if unclear else []
+
+
+def _uncontrolled(seen: Round) -> Proof | None:
+    reached = {(item.vantage, item.node, item.port) for item in seen.controls if item.reach is Reach.OPEN}
+    blocked = [item for item in seen.samples if item.steady and item.reach in BLOCKED]
+    bare = sorted({(item.vantage, item.node, item.port) for item in blocked} - reached)
+    vantages = {item.vantage for item in blocked}
+    if vantages == set(Vantage) and not bare:
+        return None
+    told = [f"port {port} on node {node} from {vantage}" for vantage, node, port in bare]
+    missing = [f"Nothing was tried from {vantage}." for vantage in Vantage if vantage not in vantages]
+    return Proof(
+        "Unknown",
+        "NoControl",
+        _join(
+            "Nothing was reached that must not be, but silence proves nothing here.",
+            *([f"What may be reached was not reached either: {_some(told)}."] if told else []),
+            *missing,
+            *_reasons(seen),
+        ),
+    )
+
+
+def _isolated(seen: Round) -> Proof:
+    blocked = [item for item in seen.samples if item.steady and item.reach in BLOCKED]
+    pods = {item.pod for item in blocked}
+    nodes = {item.node for item in blocked}
+    sockets = sorted({(item.port, item.socket) for item in blocked})
+    refused = len({(item.method, item.path) for item in _asked(seen, Asked.REFUSED)})
+    return Proof(
+        "True",
+        "Measured",
+        _join(
+            f"{_some([f'{socket} {port}' for port, socket in sockets])} of {len(pods)} of {seen.targets} pods on"
+            f" {len(nodes)} {'node' if len(nodes) == 1 else 'nodes'} cannot be reached from"
+            f" {' and '.join(sorted({item.vantage.value for item in blocked}, reverse=True))}, which reach other pods"
+            " on the same nodes and ports.",
+            f"The gateways refuse {refused} forbidden requests.",
+            *_reasons(seen),
+        ),
+    )
+
+
+def _asked(seen: Round, asked: Asked) -> Iterable[Question]:
+    return (item for item in seen.questions or () if item.asked is asked)
+
+
+def _reasons(seen: Round) -> list[str]:
+    return [*seen.lacking, *([f"Not measured: {', '.join(seen.limits)}."] if seen.limits else [])]
+
+
+def _join(*sentences: str) -> str:
+    return " ".join(sentences)
+
+
+def _some(told: Sequence[str]) -> str:
+    more = len(told) - _SHOWN
+    return ", ".join(told[:_SHOWN]) + (f" and {more} more" if more > 0 else "")

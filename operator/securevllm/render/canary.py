@@ -1,0 +1,104 @@
+"""Canary pods: short-lived, restricted, without a token, and without a label that any policy of ours selects.
+
+A *listener* runs on a node of engines and accepts on their ports: whoever may reach it shows that silence of an engine
+beside it is the engine's own. A *prober* connects to engines and listeners from the resource's namespace.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from securevllm.context import FIELD_MANAGER
+from securevllm.proof import wire
+from securevllm.render import gate, pods
+from securevllm.render.meta import COMPONENT, INSTANCE, MANAGED_BY
+
+if TYPE_CHECKING:
+    from securevllm.api import types as api
+    from securevllm.context import Context
+    from securevllm.render.meta import Object, Owner
+
+COMPONENT_VALUE = "canary"
+USER = GROUP = 65532
+
+_LIFETIME_SECONDS = 120
+"""Kubelet ends it after that, also when the operator is gone."""
+
+
+def listener(owner: Owner, spec: api.Spec, context: Context, name: str, *, node: str, ports: tuple[int, ...]) -> Object:
+    """A pod that accepts on ports, on one node.
+
+    Args:
+        owner: the resource.
+        spec: for what kubelet logs in to registries with.
+        context: for the operator's image.
+        name: of the pod.
+        node: where it has to run; tolerates whatever engines there tolerate.
+        ports: above 1023.
+    """
+    pod = _pod(owner, spec, context, name, ("listen", wire.CanaryConfig(listen=ports)))
+    field = {"key": "metadata.name", "operator": "In", "values": [node]}
+    pod["spec"]["affinity"] = {
+        "nodeAffinity": {
+            "requiredDuringSchedulingIgnoredDuringExecution": {"nodeSelectorTerms": [{"matchFields": [field]}]}
+        }
+    }
+    pod["spec"]["tolerations"] = [{"operator": "Exists"}]
+    # Ready means that it accepts; the port is its own, so kubelet's probe harms nobody.
+    pod["spec"]["containers"][0]["readinessProbe"] = {"tcpSocket": {"port": ports[0]}, "periodSeconds": 1}
+    return pod
+
+
+def prober(owner: Owner, spec: api.Spec, context: Context, name: str, *, targets: tuple[wire.Target, ...]) -> Object:
+    """A pod that connects to targets, says what it saw in its termination message, and ends."""
+    return _pod(owner, spec, context, name, ("probe", wire.CanaryConfig(targets=targets)))
+
+
+def _pod(owner: Owner, spec: api.Spec, context: Context, name: str, program: tuple[str, wire.CanaryConfig]) -> Object:
+    reference = owner.reference() | {"controller": False, "blockOwnerDeletion": False}
+    body: dict[str, Any] = {
+        "restartPolicy": "Never",
+        "activeDeadlineSeconds": _LIFETIME_SECONDS,
+        "terminationGracePeriodSeconds": 1,
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "securityContext": pods.security(USER, GROUP),
+        "containers": [
+            {
+                "name": COMPONENT_VALUE,
+                "image": context.operator_image,
+                "args": [COMPONENT_VALUE, program[0]],
+                "env": [
+                    pods.field_env(wire.POD_IP, "status.podIP"),
+                    {"name": wire.CANARY_VARIABLE, "value": wire.dump(program[1])},
+                ],
+                "resources": gate.RESOURCES,
+                "securityContext": pods.CONTAINER_SECURITY,
+            }
+        ],
+        **pods.pull_secrets(spec),
+    }
+    return {
+        "apiVersion": "v1",
+        "kind": "Pod",
+        "metadata": {
+            "name": name,
+            "namespace": owner.namespace,
+            "labels": {
+                **pods.MESH_OPT_OUT_LABELS,
+                "app.kubernetes.io/name": "secure-vllm-canary",
+                INSTANCE: owner.name,
+                COMPONENT: COMPONENT_VALUE,
+                MANAGED_BY: FIELD_MANAGER,
+            },
+            "annotations": dict(pods.MESH_OPT_OUT_ANNOTATIONS),
+            "ownerReferences": [reference],
+        },
+        "spec": body,
+    }
+
+
+def is_canary(pod: Object) -> bool:
+    """Whether a pod is one of these."""
+    labels = pod["metadata"].get("labels", {})
+    return (labels.get(COMPONENT), labels.get(MANAGED_BY)) == (COMPONENT_VALUE, FIELD_MANAGER)

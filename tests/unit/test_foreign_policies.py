@@ -1,0 +1,130 @@
+"""Which policies of others open what the topology closes, and which do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from securevllm.api.parse import parse
+from securevllm.context import Context
+from securevllm.proof.foreign import told, wider
+from securevllm.render import Observed, Rendered, render
+from securevllm.render.meta import Owner
+
+OWNER = Owner("llama", "apps", "uid-1")
+SPEC: dict[str, Any] = {
+    "model": {"name": "/models/llama"},
+    "image": "vllm/vllm-openai:v0.33.0",
+    "gateway": {"clients": {"namespaceSelector": {"matchLabels": {"team": "a"}}, "cidrs": ["203.0.113.0/24"]}},
+    "security": {"egress": [{"to": {"cidrs": ["0.0.0.0/0"]}, "ports": [{"port": 443}], "why": "because of the test"}]},
+}
+RENDERED: Rendered = render(OWNER, parse("llama", SPEC), Context(), Observed())
+ENGINES = {"matchLabels": {"securevllm.io/role": "engine"}}
+GATEWAYS = {"matchLabels": {"securevllm.io/role": "gateway"}}
+DNS = {
+    "namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "kube-system"}},
+    "podSelector": {"matchLabels": {"k8s-app": "kube-dns"}},
+}
+
+
+def found(selector: Any, **spec: Any) -> str:
+    types = [name for name, part in (("Ingress", "ingress"), ("Egress", "egress")) if part in spec]
+    policy = {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": "theirs", "namespace": "apps"},
+        "spec": {"podSelector": selector, "policyTypes": types, **spec},
+    }
+    templates = [obj["spec"]["template"] for obj in RENDERED.workloads]
+    ours = (RENDERED.deny, *RENDERED.isolation)
+    return told(wider("apps", OWNER.label, ours, [*ours, policy], templates))
+
+
+WIDER: dict[str, tuple[Any, dict[str, Any], str]] = {
+    "allow all": ({}, {"ingress": [{}]}, "opens ingress: everybody, every port"),
+    "allow all egress": ({}, {"egress": [{}]}, "opens egress: everybody, every port"),
+    "the engine's port for the namespace": (
+        ENGINES,
+        {"ingress": [{"from": [{"podSelector": {}}], "ports": [{"port": 8000}]}]},
+        "ingress: all pods of the namespace, 8000",
+    ),
+    "by the port's name": (
+        ENGINES,
+        {"ingress": [{"from": [{"podSelector": {}}], "ports": [{"port": "http"}]}]},
+        "8000",
+    ),
+    "an end port": (ENGINES, {"ingress": [{"ports": [{"port": 29000, "endPort": 30000}]}]}, "29000"),
+    "another team at the gateway": (
+        GATEWAYS,
+        {"ingress": [{"from": [{"namespaceSelector": {"matchLabels": {"team": "b"}}}], "ports": [{"port": 8443}]}]},
+        "namespaces team=b",
+    ),
+    "every namespace at the gateway": (
+        GATEWAYS,
+        {"ingress": [{"from": [{"namespaceSelector": {}}], "ports": [{"port": 8443}]}]},
+        "all namespaces",
+    ),
+    "the metadata address": (
+        ENGINES,
+        {"egress": [{"to": [{"ipBlock": {"cidr": "169.254.0.0/16"}}], "ports": [{"port": 443}]}]},
+        "addresses 169.254.0.0/16",
+    ),
+    "carved out and opened again": (
+        ENGINES,
+        {"egress": [{"to": [{"ipBlock": {"cidr": "0.0.0.0/0"}}], "ports": [{"port": 443}]}]},
+        "addresses 0.0.0.0/0",
+    ),
+    "DNS over another port": (ENGINES, {"egress": [{"to": [DNS], "ports": [{"port": 54, "protocol": "UDP"}]}]}, "54"),
+    "a field of a later Kubernetes": (ENGINES, {"ingress": [{"later": 1}]}, "cannot be judged"),
+}
+NOT_WIDER: dict[str, tuple[Any, dict[str, Any]]] = {
+    "isolates only": ({}, {"ingress": [], "egress": []}),
+    "selects other pods": ({"matchLabels": {"app": "web"}}, {"ingress": [{}]}),
+    "selects only pods that are not ours": (
+        {"matchExpressions": [{"key": "securevllm.io/resource", "operator": "DoesNotExist"}]},
+        {"ingress": [{}], "egress": [{}]},
+    ),
+    "DNS for everybody": ({}, {"egress": [{"to": [DNS], "ports": [{"port": 53, "protocol": "UDP"}]}]}),
+    "the declared range, narrower": (
+        ENGINES,
+        {"egress": [{"to": [{"ipBlock": {"cidr": "8.8.8.0/24"}}], "ports": [{"port": 443}]}]},
+    ),
+    "the same team at the gateway": (
+        GATEWAYS,
+        {"ingress": [{"from": [{"namespaceSelector": {"matchLabels": {"team": "a"}}}], "ports": [{"port": 8443}]}]},
+    ),
+    "a part of the clients' range": (
+        GATEWAYS,
+        {"ingress": [{"from": [{"ipBlock": {"cidr": "203.0.113.8/29"}}], "ports": [{"port": 8443}]}]},
+    ),
+    "a named port that no pod has": (ENGINES, {"ingress": [{"ports": [{"port": "metrics"}]}]}),
+}
+
+
+@pytest.mark.parametrize("case", WIDER)
+def test_wider(case: str) -> None:
+    selector, spec, says = WIDER[case]
+    assert says in found(selector, **spec)
+    assert found(selector, **spec).startswith("NetworkPolicy theirs opens ")
+
+
+@pytest.mark.parametrize("case", NOT_WIDER)
+def test_not_wider(case: str) -> None:
+    selector, spec = NOT_WIDER[case]
+    assert found(selector, **spec) == ""
+
+
+def test_a_copy_of_our_own_under_another_name_is_not_wider() -> None:
+    ours = (RENDERED.deny, *RENDERED.isolation)
+    copies = [obj | {"metadata": obj["metadata"] | {"name": f"copy-{number}"}} for number, obj in enumerate(ours)]
+    templates = [obj["spec"]["template"] for obj in RENDERED.workloads]
+    assert wider("apps", OWNER.label, ours, [*ours, *copies], templates) == ()
+
+
+def test_pods_of_another_resource_are_its_own_matter() -> None:
+    other = Owner("mistral", "apps", "uid-2")
+    theirs = render(other, parse("mistral", SPEC), Context(), Observed())
+    templates = [obj["spec"]["template"] for rendered in (RENDERED, theirs) for obj in rendered.workloads]
+    live = (RENDERED.deny, *RENDERED.isolation, *theirs.isolation)
+    assert wider("apps", OWNER.label, (RENDERED.deny, *RENDERED.isolation), live, templates) == ()
