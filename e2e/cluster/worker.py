@@ -212,11 +212,12 @@ class PodWorker:
     async def _execute(self, container: Container, launch: Launch) -> int:
         name = container.spec["name"]
         running = self._running[name]
+        self._termination_log(name).write_text("", encoding="utf-8")
         with self._log(name).open("ab") as log:
             try:
                 process = await asyncio.create_subprocess_exec(
                     *launch.argv,
-                    env=dict(launch.env),
+                    env={**launch.env, "TERMINATION_LOG": str(self._termination_log(name))},
                     cwd=self._folder,
                     stdin=asyncio.subprocess.DEVNULL,
                     stdout=log,
@@ -245,8 +246,18 @@ class PodWorker:
         code = 128 - code if code < 0 else code
         reason = "Completed" if code == 0 else "Error"
         terminated = {"exitCode": code, "reason": reason, "startedAt": started, "finishedAt": _now()}
+        if message := self._message(container.spec["name"]):
+            terminated["message"] = message
         container.state = {"terminated": {**terminated, "containerID": container.container_id}}
         container.started = container.ready = False
+
+    def _termination_log(self, container: str) -> Path:
+        """Stands in for /dev/termination-log, which a process of this machine must not write."""
+        return self._folder / f"{container}.termination"
+
+    def _message(self, container: str) -> str:
+        path = self._termination_log(container)
+        return path.read_text(encoding="utf-8")[:4096] if path.exists() else ""
 
     async def _probe(self, container: Container, process: asyncio.subprocess.Process) -> None:
         spec = container.spec

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from securevllm.proof.gate import TERMINATION_LOG, Hello, Meeting, Seen, Step, Teller
+from securevllm.proof.gate import Hello, Meeting, Seen, Step, Teller, termination_log
 from securevllm.proof.wire import Barrier, Forbidden, GateConfig, dump, load_gate
 from tests.proof.gate_process import ROOT, GateProcess, gates
 
@@ -299,6 +299,7 @@ def test_it_ends_at_once_when_its_pod_is_deleted(tmp_path: Path) -> None:
 
 def test_what_it_waits_for_is_the_termination_message(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     now = [0.0]
+    (tmp_path / "message").write_text("as kubelet made it", encoding="utf-8")
     teller = Teller(tmp_path / "message", clock=lambda: now[0])
     teller("the network")
     now[0] = 10
@@ -310,8 +311,9 @@ def test_what_it_waits_for_is_the_termination_message(tmp_path: Path, capsys: py
     teller.done()
     assert "the engine may start" in (tmp_path / "message").read_text(encoding="utf-8")
     assert capsys.readouterr().out.count("the network") == 2
-    Teller(tmp_path / "absent" / "message")("no such folder is no error")
-    assert Path("/dev/termination-log") == TERMINATION_LOG
+    Teller(tmp_path / "absent")("outside of a pod no file is made")
+    assert not (tmp_path / "absent").exists()
+    assert termination_log() == Path("/dev/termination-log")
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", '{"forbidden": []}', '{"dns": "x", "barrier": {"port": 1}}'])

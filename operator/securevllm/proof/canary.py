@@ -12,10 +12,9 @@ import os
 import signal
 import sys
 from contextlib import AsyncExitStack
-from pathlib import Path
 
 from securevllm.proof.dial import Listener, accepting, dial
-from securevllm.proof.gate import TERMINATION_LOG
+from securevllm.proof.gate import leave, termination_log
 from securevllm.proof.wire import (
     BLOCKED,
     CANARY_VARIABLE,
@@ -61,7 +60,7 @@ async def probe(config: CanaryConfig) -> dict[str, Reach]:
     return {target.key: reach for target, reach in zip(config.targets, reaches, strict=True)}
 
 
-def main(arguments: list[str], path: Path = TERMINATION_LOG) -> int:
+def main(arguments: list[str]) -> int:
     """``securevllm canary listen|probe``, configuration in ``$SECUREVLLM_CANARY``.
 
     Returns:
@@ -86,7 +85,7 @@ def main(arguments: list[str], path: Path = TERMINATION_LOG) -> int:
         return _failed(1, f"not all targets were tried within {config.seconds:g} s")
     text = dump_answers(answers)
     sys.stdout.write(f"{text}\n")
-    path.write_text(text, encoding="utf-8")
+    leave(termination_log(), text)
     return 0
 
 

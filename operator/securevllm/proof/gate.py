@@ -34,6 +34,7 @@ from securevllm.proof.wire import (
     GATE_VARIABLE,
     NODE_IP,
     POD_IP,
+    TERMINATION_VARIABLE,
     Barrier,
     Forbidden,
     GateConfig,
@@ -41,7 +42,7 @@ from securevllm.proof.wire import (
     load_gate,
 )
 
-TERMINATION_LOG = Path("/dev/termination-log")
+_TERMINATION_LOG = "/dev/termination-log"
 _DIAL_SECONDS = 0.75
 _DNS_SECONDS = 3.0
 _PAUSE = 0.25
@@ -329,8 +330,19 @@ class Teller:
     def _write(self, text: str) -> None:
         sys.stdout.write(f"securevllm gate: {text}\n")
         sys.stdout.flush()
-        with contextlib.suppress(OSError):
-            self._path.write_text(text, encoding="utf-8")
+        leave(self._path, text)
+
+
+def termination_log() -> Path:
+    """Where kubelet looks for the termination message."""
+    return Path(os.environ.get(TERMINATION_VARIABLE, _TERMINATION_LOG))
+
+
+def leave(path: Path, text: str) -> None:
+    """Replace the termination message. Kubelet has made the file; where there is none, none is made."""
+    with contextlib.suppress(OSError), path.open("r+", encoding="utf-8") as file:
+        file.truncate()
+        file.write(text)
 
 
 def main(arguments: list[str]) -> int:
@@ -349,7 +361,7 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(128 + signal.SIGTERM))
     # glibc waits 5 s for a lost answer: longer than this waits for it.
     os.environ.setdefault("RES_OPTIONS", "timeout:1 attempts:2")
-    teller = Teller(TERMINATION_LOG)
+    teller = Teller(termination_log())
     try:
         asyncio.run(Gate(config, os.environ, teller).wait())
     except OSError as error:

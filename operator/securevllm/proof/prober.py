@@ -274,6 +274,8 @@ class Prober:
         after = judge(seen, before)
         if tier == "complete":
             track.round += 1
+        elif after.reason == "EngineReachable" and not any(item.reach is Reach.OPEN for item in seen.samples):
+            track.changed_at = self._monotonic()  # it seems to be over: only a complete round may say so
         if after.status != "Unknown":
             moment = self._now()
             self._observer.verified(*track.subject.who, moment.timestamp())
@@ -287,18 +289,19 @@ class Prober:
         now = self._monotonic()
         proof = track.proof
         track.cheap_at = now + CHEAP_SECONDS
-        if tier == "cheap":
-            if proof is not None and proof.reason == "EngineReachable":
-                track.full_at = min(track.full_at, now + CHEAP_SECONDS)
-            return
-        track.full_at = now + track.subject.interval
+        if tier != "cheap":
+            track.full_at = now + track.subject.interval
+        good = proof is not None and proof.status == "True"
         if tier != "complete":
-            return
-        if proof is not None and proof.status == "True":
+            if not good:  # a breach: when it is over has to be seen soon
+                track.canary_at = min(track.canary_at, now + track.retry)
+        elif good:
             track.canary_at, track.retry = now + CANARY_SECONDS, _RETRY_SECONDS
         else:
+            # What is known to be broken is looked at often, what cannot be measured ever more rarely.
+            most = track.subject.interval if proof is not None and proof.status == "False" else CANARY_SECONDS
             track.canary_at = now + track.retry
-            track.retry = min(track.retry * 2, CANARY_SECONDS)
+            track.retry = max(_RETRY_SECONDS, min(track.retry * 2, most))
 
     # ------------------------------------------------------------------------------------------------------- one round
 

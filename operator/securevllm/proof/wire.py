@@ -16,6 +16,8 @@ GATE_VARIABLE = "SECUREVLLM_GATE"
 """Environment variable with the text of a ``GateConfig``."""
 CANARY_VARIABLE = "SECUREVLLM_CANARY"
 """Environment variable with the text of a ``CanaryConfig``."""
+TERMINATION_VARIABLE = "TERMINATION_LOG"
+"""Environment variable with another path than Kubernetes' default; for nodes without a container runtime."""
 POD_IP, NODE_IP = "POD_IP", "NODE_IP"
 """Environment variables from the downward API: ``status.podIP`` and ``status.hostIP``."""
 
