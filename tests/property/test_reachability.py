@@ -67,6 +67,29 @@ RICH: dict[str, Any] = {
         ]
     },
 }
+EVENTS = {"from": {"podSelector": {"matchLabels": {"app": "web"}}}, "why": "a router that follows the cache"}
+NODES: dict[str, Any] = {
+    **SMALL,
+    "replicas": 2,
+    "parallelism": {"tensor": 2, "nodes": 2},
+    "security": {"egress": [{"to": {"podSelector": {}}, "ports": [{"port": 5432}], "why": "a database beside it"}]},
+}
+HYBRID: dict[str, Any] = {
+    **SMALL,
+    "replicas": 2,
+    "parallelism": {"data": {"size": 4, "sizeLocal": 2, "loadBalancing": "hybrid"}},
+    "security": {"kvEvents": EVENTS},
+}
+SPLIT: dict[str, Any] = {
+    **SMALL,
+    "disaggregation": {
+        "connector": "mooncake",
+        "router": {"image": "vllm/vllm-router:v0.1.17"},
+        "prefill": {"replicas": 2, "parallelism": {"tensor": 2, "nodes": 2}},
+        "decode": {"replicas": 2},
+    },
+}
+MUTATED = {"one pod": RICH, "nodes": NODES, "hybrid": HYBRID, "prefill and decode": SPLIT}
 Mutant = tuple[str, list[dict[str, Any]]]
 
 
@@ -111,9 +134,15 @@ def _changed_ports(
         other = "UDP" if port["protocol"] == "TCP" else "TCP"
         here = (*path, number)
         yield f"{here} missing", _edit(policy, path, lambda items, n=number: items.pop(n))
-        yield f"{here} next port", _edit(policy, here, lambda item, p=port: item.update(port=p["port"] + 1))
-        yield f"{here} a range", _edit(policy, here, lambda item, p=port: item.update(endPort=p["port"] + 1))
         yield f"{here} {other}", _edit(policy, here, lambda item, o=other: item.update(protocol=o))
+        if "port" not in port:
+            yield f"{here} one port", _edit(policy, here, lambda item: item.update(port=29501))
+            continue
+        last = port.get("endPort", port["port"])
+        yield f"{here} next port", _edit(policy, here, lambda item, p=port: item.update(port=p["port"] + 1))
+        yield f"{here} a longer range", _edit(policy, here, lambda item, e=last: item.update(endPort=e + 1))
+        if "endPort" in port:
+            yield f"{here} no range", _edit(policy, here, lambda item: item.pop("endPort"))
 
 
 def _changed_peer(
@@ -154,9 +183,9 @@ def _edit(policy: dict[str, Any], path: tuple[Any, ...], change: Any) -> dict[st
     return changed
 
 
-@pytest.fixture(scope="module")
-def rich() -> World:
-    return make("llama", RICH, PUBLIC_CONTEXT)
+@pytest.fixture(scope="module", params=MUTATED)
+def rich(request: pytest.FixtureRequest) -> World:
+    return make("llama", MUTATED[request.param], PUBLIC_CONTEXT)
 
 
 def test_without_a_mistake_nothing_is_noticed(rich: World) -> None:

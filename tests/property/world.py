@@ -97,7 +97,7 @@ def world(resources: Iterable[tuple[Owner, Rendered]], context: Context) -> Worl
     owner, made = found[0]
     members = _members(owner, made, addresses, made.topology, NODES)
     before = Owner(owner.name, owner.namespace, "uid of the deleted one")
-    for one in members[::2]:
+    for one in {(one.role, one.group): one for one in members}.values():
         labels = {**one.pod.labels, "securevllm.io/resource": before.label}
         pod = Pod(f"before-{one.pod.name}", one.pod.namespace, labels, addresses.next())
         members.append(Member(pod, before, one.role, one.group, None))
@@ -147,6 +147,7 @@ def _other_pods(addresses: _Addresses) -> Iterable[Pod]:
         ("kube-system", dns),
         ("kube-system", FOREIGN),
         ("apps", operator),
+        ("other", operator),
         ("other", dns),
         ("apps", {}),
         # Labels of ours, but not the one that the default-deny selects by: they must not count as members.
