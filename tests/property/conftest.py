@@ -1,4 +1,4 @@
-"""How many examples: 200 in `make test`, always the same ones; 10 000 new ones with `--hypothesis-profile=nightly`."""
+"""How many examples: 250 in `make test` (reachability: for each way to read an ipBlock), always the same ones; 10 000 new ones with `--hypothesis-profile=nightly`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import HealthCheck, settings
 
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large]
 
-settings.register_profile("test", max_examples=200, deadline=None, derandomize=True, suppress_health_check=_SLOW)
+settings.register_profile("test", max_examples=250, deadline=None, derandomize=True, suppress_health_check=_SLOW)
 settings.register_profile("nightly", max_examples=10_000, deadline=None, suppress_health_check=_SLOW, print_blob=True)
 
 

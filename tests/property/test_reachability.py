@@ -35,11 +35,11 @@ def make(name: str, raw: dict[str, Any], context: Context) -> World:
     )
 
 
+@pytest.mark.parametrize("engine", [CALICO, CILIUM], ids=["ipBlock selects pods", "ipBlock selects no pods"])
 @given(
     raw=strategies.specs(),
     name=st.sampled_from(strategies.NAMES),
     context=st.sampled_from([CONTEXT, PUBLIC_CONTEXT]),
-    engine=st.sampled_from([CALICO, CILIUM]),
 )
 def test_policies_say_what_flows_say(raw: dict[str, Any], name: str, context: Context, engine: Engine) -> None:
     assert [*differences(make(name, raw, context), engine)] == []
