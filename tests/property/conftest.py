@@ -1,4 +1,7 @@
-"""How many examples: 250 in `make test` (reachability: for each way to read an ipBlock), always the same ones; 10 000 new ones with `--hypothesis-profile=nightly`."""
+"""How many examples: 250 in `make test`, always the same ones; 10 000 new ones with `--hypothesis-profile=nightly`.
+
+Reachability has twice as many, half of them for each way in which network engines read an ipBlock.
+"""
 
 from __future__ import annotations
 
