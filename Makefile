@@ -75,6 +75,10 @@ bench: setup ## measure; prints one table per benchmark
 e2e: setup ## tests on a cluster with real nodes and a policy engine; tables of what was tried in build/e2e
 	@$(BIN)/python -m pytest e2e
 
+.PHONY: image
+image: setup ## the operator's image from its Dockerfile, in build/operator-image.tar (docker, podman, or buildah as root)
+	@$(BIN)/python -m e2e.build_image
+
 .PHONY: e2e-deps
 e2e-deps: setup ## build and install what a cluster with nodes needs (Linux, root; about 25 minutes, once)
 	@$(BIN)/python -m e2e.cluster deps
