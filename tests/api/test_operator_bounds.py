@@ -44,11 +44,11 @@ def test_a_secret_is_used_once_the_platform_labelled_it(lab: Lab, tmp_path: Path
         missing = await_condition(kube, ref, "Accepted", "False", reason="SecretNotAllowed")
         assert "does not exist" in missing["message"]
         kube.create(secret(namespace, "files", {LABEL: "false"}))
-        eventually(lambda: "does not carry it" in condition(kube, ref, "Accepted")["message"] or None, 20)
+        eventually(lambda: "does not carry it" in condition(kube, ref, "Accepted")["message"] or None, 60)
         consistently(lambda: not children(kube, namespace), 1)
 
         kube.patch(Ref(SECRET, namespace, "files"), {"metadata": {"labels": {LABEL: "true"}}})
-        await_condition(kube, ref, "Accepted", "True", seconds=20)
+        await_condition(kube, ref, "Accepted", "True", seconds=60)
         settled(kube, ref)
         template = kube.get(Ref(DEPLOYMENT, namespace, "llama-engine"))["spec"]["template"]["spec"]
         assert template["volumes"][-1]["secret"]["secretName"] == "files"

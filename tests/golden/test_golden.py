@@ -12,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from securevllm import certs
+from securevllm import catalogue, certs
+from securevllm.api.guard import arguments
 from securevllm.render.envoy import api_keys_file
 from tests import pod_security
 from tests.gateway.envoy_process import validate
@@ -86,3 +87,22 @@ def certificate() -> tuple[str, str]:
 def test_envoy_accepts_the_files(name: str, certificate: tuple[str, str]) -> None:
     made = load(name).rendered
     assert validate(made.gateway_files, made.keys_file or api_keys_file(()), certificate) == ""
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_user_may_set_what_the_operator_sets(name: str) -> None:
+    """A flag twice is a question of order, and a variable twice is refused by server-side apply."""
+    case = load(name)
+    engine = case.accepted.spec.engine
+    users, theirs = arguments.names(engine.args), {variable.name for variable in engine.env}
+    for obj in (*case.rendered.workloads, *case.rendered.withheld):
+        for container in obj.get("spec", {}).get("template", {}).get("spec", {}).get("containers", ()):
+            if container["name"] != "vllm":
+                continue
+            flags = [arg.partition("=")[0] for arg in container["args"] if arg.startswith("--")]
+            variables = [item["name"] for item in container["env"]]
+            assert len(flags) == len(set(flags))
+            assert len(variables) == len(set(variables))
+            # A pinned template is that of an older release.
+            assert set(flags) - users <= catalogue.flags().owned.keys() or case.second.get("pins")
+            assert (set(variables) - theirs) & catalogue.environment().allowed.keys() == set()

@@ -7,6 +7,7 @@ them. Each refusal is tried beside what is allowed, so that removing a rule fail
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -263,11 +264,21 @@ def test_allowed_variables_are_allowed_once(name: str) -> None:
         assert reasons(engine={"env": [{"name": name, "value": "x y"}]}) == {"VariableRefused"}
 
 
-def test_a_variable_that_the_version_lacks_is_refused() -> None:
-    env = {"env": [{"name": "VLLM_ENGINE_READY_TIMEOUT_S", "value": "900"}]}
+def test_a_variable_that_the_version_lacks_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Today every allowed variable is in every release; the next one may not be."""
+    name, since = "VLLM_LOGGING_LEVEL", catalogue.Range(since=catalogue.Version(0, 33))
+    setting = replace(catalogue.environment().allowed[name], versions=since)
+    monkeypatch.setitem(catalogue.environment().allowed, name, setting)
+    env = {"env": [{"name": name, "value": "INFO"}]}
     below = {"accept": [{"risk": "vllmVersionBelowFloor", "why": WHY}]}
     assert reasons(engine=env) == set()
-    assert reasons(engine=env, image="vllm/vllm-openai:v0.13.0", security=below) == {"VariableRefused"}
+    assert reasons(engine=env, image="vllm/vllm-openai:v0.32.0", security=below) == {"VariableRefused"}
+
+
+def test_a_variable_of_another_field_is_refused_with_that_field() -> None:
+    for name, field in (("VLLM_ENGINE_READY_TIMEOUT_S", "startupTimeout"), ("HTTPS_PROXY", "proxy")):
+        (problem,) = problems(engine={"env": [{"name": name, "value": "1"}]})
+        assert field in problem.fix
 
 
 @pytest.mark.parametrize("value", ["$(VLLM_API_KEY)", "a$b", "$$", "a\nb", "\x00", "a\rb"])

@@ -35,7 +35,7 @@ No argument, variable or label of a user can hold a ``$``.
 INTERFACE = "eth0"
 """The pod's interface that policies govern; further ones are refused."""
 
-_NOT_PROXIED = "localhost,127.0.0.1,::1,.svc,.local"
+_NOT_PROXIED = "localhost,127.0.0.1,::1,.svc"
 _UNREACHABLE_DOMAIN = "none.invalid"
 """vLLM reads an empty list of media domains as "any"; .invalid never resolves (RFC 6761)."""
 
@@ -185,7 +185,7 @@ def environment(process: Process, key: dict[str, Any]) -> list[dict[str, Any]]:
     fixed = catalogue.environment().fixed | {
         "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": str(envoy.ENGINE_KEEP_ALIVE_SECONDS),
         **_media(spec.security.media),
-        **_proxy(spec),
+        **_proxy(spec, process.context.cluster_domain),
         # One clock for the start: vLLM's own would give up after 10 minutes.
         "VLLM_ENGINE_READY_TIMEOUT_S": str(seconds(spec.engine.startup_timeout)),
         "HOME": pods.HOME,
@@ -233,12 +233,12 @@ def _media(media: api.Media) -> dict[str, str]:
     return redirects | {name: str(limit) for name, limit in limits.items() if limit is not None}
 
 
-def _proxy(spec: api.Spec) -> dict[str, str]:
+def _proxy(spec: api.Spec, domain: str) -> dict[str, str]:
     """Both spellings: libraries differ in which one they read. Nothing within the pod and the cluster goes through."""
     url = next((entry.proxy for entry in spec.security.egress if entry.proxy is not None), None)
     if url is None:
         return {}
-    names = {"HTTP_PROXY": url, "HTTPS_PROXY": url, "NO_PROXY": _NOT_PROXIED}
+    names = {"HTTP_PROXY": url, "HTTPS_PROXY": url, "NO_PROXY": f"{_NOT_PROXIED},.{domain},.{domain}."}
     return names | {name.lower(): value for name, value in names.items()}
 
 

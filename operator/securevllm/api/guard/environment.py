@@ -49,6 +49,8 @@ def _why_not(name: str) -> tuple[str, str]:
         return "the operator always sets this variable", _INSTEAD.get(name, "Leave it out.")
     if name in dangers:
         return f"this variable is refused: {dangers[name].why}", _INSTEAD.get(name, "Leave it out.")
+    if name in _INSTEAD:
+        return "the operator always sets this variable", _INSTEAD[name]
     return (
         "only names of the allowlist may be set: a variable can open what the operator closed",
         f"Use one of: {', '.join(sorted(known.allowed))}.",
@@ -63,6 +65,7 @@ _INSTEAD = {
     "HTTPS_PROXY": _PROXY,
     "NO_PROXY": _PROXY,
     "VLLM_API_KEY": "Leave it out: the operator makes the engine's key.",
+    "VLLM_ENGINE_READY_TIMEOUT_S": "Use instead: spec.engine.startupTimeout.",
     "VLLM_MAX_IMAGE_PIXELS": f"{_MEDIA}.maxImagePixels.",
     "VLLM_MAX_MEDIA_DOWNLOAD_SIZE_MB": f"{_MEDIA}.maxDownloadMegabytes.",
     "VLLM_MAX_MEDIA_REQUEST_DOWNLOAD_SIZE_MB": f"{_MEDIA}.maxRequestDownloadMegabytes.",
