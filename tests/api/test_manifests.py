@@ -77,7 +77,6 @@ def test_rights_end_where_the_installation_says(installed: tuple[str, Cluster]) 
     assert not may(cluster, "update", f"leases.coordination.k8s.io/{lease}", "llm")
     for verb, resource, subresource in [
         ("patch", "securevllmdeployments.securevllm.io", ""),
-        ("create", "pods", ""),
         ("deletecollection", "pods", ""),
         ("delete", "persistentvolumeclaims", ""),
         ("create", "pods", "exec"),
