@@ -149,6 +149,8 @@ def live_through_groups(kube: Kube, namespace: str) -> None:
     await_condition(kube, ref, "EnginesReady", "True", seconds=60)
     kube.delete(ref)
     eventually(lambda: children(kube, namespace).keys() <= {Ref(kinds.NETWORK_POLICY, namespace, DENY_NAME)}, 120)
+    # The next hollow node gives addresses of its own: it must not find a pod of this one.
+    eventually(lambda: kube.list(kinds.POD, namespace) == [], 120)
 
 
 def live_through_everything(kube: Kube, namespace: str) -> None:
