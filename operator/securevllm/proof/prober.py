@@ -282,7 +282,7 @@ class Prober:
             after = replace(after, verified_at=moment.strftime("%Y-%m-%dT%H:%M:%SZ"))
         track.proof = after
         if after != before:
-            log.info("isolation", resource=str(track.subject.who), status=after.status, reason=after.reason)
+            log.info("isolation", resource="/".join(track.subject.who), status=after.status, reason=after.reason)
             self._changed(track.subject.who)
 
     def _schedule(self, track: _Track, tier: str) -> None:

@@ -1,0 +1,124 @@
+"""The prober over many resources: within its time, fair, bounded. A lapse is a real socket on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from datetime import UTC, datetime
+from typing import Any
+
+from securevllm.api.parse import parse
+from securevllm.context import Context
+from securevllm.proof.dial import Listener, accepting, dial
+from securevllm.proof.prober import Gateways, Prober, Subject, Who
+from securevllm.proof.wire import Reach
+from securevllm.render.meta import Owner
+from securevllm.topology import plan
+
+RESOURCES, PODS = 1000, 4
+SPEC = parse("llama", {"model": {"name": "/models/llama"}, "image": "vllm/vllm-openai:v0.33.0", "replicas": PODS}).spec
+TOPOLOGY = plan(SPEC, Context())
+
+
+class Cache:
+    """Ready engine pods by namespace."""
+
+    def __init__(self) -> None:
+        self.pods: dict[str, list[dict[str, Any]]] = {}
+
+    def all(self, _kind: Any, namespace: str | None = None) -> list[dict[str, Any]]:
+        return self.pods.get(namespace or "", [])
+
+    def get(self, _ref: Any) -> None:
+        return None
+
+
+class Observer:
+    def __init__(self) -> None:
+        self.rounds: list[str] = []
+        self.connections = 0
+
+    def probed(self, tier: str, _seconds: float) -> None:
+        self.rounds.append(tier)
+
+    def connected(self, _reach: str) -> None:
+        self.connections += 1
+
+    def verified(self, *_: Any) -> None:
+        pass
+
+
+async def no_others(_namespace: str) -> tuple[str, ...]:
+    return ()
+
+
+def engine(owner: Owner, number: int, address: str) -> dict[str, Any]:
+    return {
+        "metadata": {"name": f"e{number}", "uid": f"{owner.uid}-{number}", "labels": owner.pod_labels("engine")},
+        "spec": {"nodeName": f"n{number}"},
+        "status": {
+            "podIP": address,
+            "podIPs": [{"ip": address}],
+            "conditions": [{"type": "Ready", "status": "True"}],
+        },
+    }
+
+
+def subject(owner: Owner) -> Subject:
+    gateways = Gateways(8443, "", "", ())
+    return Subject(owner, SPEC, TOPOLOGY, gateways, interval=300.0, canaries="Canary pods are turned off.")
+
+
+async def test_a_thousand_resources_are_measured_within_five_minutes_and_a_lapse_is_among_them() -> None:
+    cache, observer, open_at_once, most = Cache(), Observer(), 0, 0
+    told: set[Who] = set()
+    everybody = asyncio.Event()
+
+    def changed(who: Who) -> None:
+        told.add(who)
+        if len(told) == RESOURCES:
+            everybody.set()
+
+    async def counted(address: str, port: int, seconds: float) -> Reach:
+        nonlocal open_at_once, most
+        open_at_once += 1
+        most = max(most, open_at_once)
+        try:
+            if address.startswith("127.90."):
+                return await dial(address, port, seconds)
+            await asyncio.sleep(seconds)  # a plugin that drops: silence costs the whole time
+            return Reach.SILENT
+        finally:
+            open_at_once -= 1
+
+    prober = Prober(
+        None, cache, None, Context(), now=lambda: datetime.now(UTC), monotonic=time.monotonic,  # type: ignore[arg-type]
+        changed=changed, observer=observer, others=no_others, dial=counted,
+    )  # fmt: skip
+    for number in range(RESOURCES):
+        owner = Owner("llama", f"ns{number}", f"uid-{number}")
+        last = number == RESOURCES - 1
+        cache.pods[owner.namespace] = [
+            engine(owner, pod, f"127.90.0.{pod + 1}" if last else f"10.{number // 250}.{number % 250}.{pod}")
+            for pod in range(PODS)
+        ]
+        prober.follow(subject(owner))
+    lapsed = Who(f"ns{RESOURCES - 1}", "llama")
+    began = time.monotonic()
+    async with Listener((accepting("127.90.0.3", 8000),)):
+        running = asyncio.create_task(prober.run())
+        async with asyncio.timeout(300):
+            await everybody.wait()
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    seconds = time.monotonic() - began
+    print(f"{RESOURCES} resources, {observer.connections} connections: {seconds:.0f} s")  # noqa: T201
+    assert most <= 128
+    proof = prober.proof(lapsed, f"uid-{RESOURCES - 1}")
+    assert proof is not None
+    assert (proof.reason, "e2 port 8000" in proof.message) == ("EngineReachable", True)
+    other = prober.proof(Who("ns0", "llama"), "uid-0")
+    assert other is not None
+    assert (other.status, other.reason) == ("Unknown", "NoControl")
+    # Fair: nobody had a second complete round before everybody had the first.
+    assert observer.rounds[: RESOURCES // 2].count("cheap") == 0
