@@ -2,7 +2,7 @@
 
 A real kube-apiserver with its controllers, the operator with its own service account, a resource, and the gateway's
 rendered files served by a real Envoy in front of an engine. There is no kubelet here: a hollow node stands in for it
-(``e2e/cluster/hollow.py`` says what of it is real). The engine is a stand-in without a model.
+(``e2e/cluster/hollow.py`` says what of it is real). The engine is fake-vllm, which has no model.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ import yaml
 
 from e2e.cluster import Cluster, ClusterError, running
 from e2e.cluster.hollow import hollow_node
-from e2e.cluster.runners import engine_runner, envoy_runner, first_of, succeed_jobs
+from e2e.cluster.runners import envoy_runner, fake_vllm_runner, first_of, succeed_jobs
 
 ROOT = Path(__file__).resolve().parent.parent
 OPERATOR = "secure-vllm-operator"
@@ -115,7 +115,7 @@ def _demo(tell: Teller, *, keep: bool) -> None:
         kubectl = Kubectl(_program("kubectl"), cluster.kubeconfig)
         runner = first_of(
             envoy_runner(_program("envoy")),
-            engine_runner([sys.executable, str(ROOT / "e2e/stand_in_engine.py")], env=_ENVIRONMENT),
+            fake_vllm_runner(),
             succeed_jobs,
         )
         stack.enter_context(hollow_node(cluster, runner))

@@ -38,9 +38,13 @@ folder.mkdir(parents=True, exist_ok=True)
 """
 _VLLM = f"""\
 #!/usr/local/bin/python
-import runpy
+import sys
 
-runpy.run_path("{python_root.APPLICATION}/stand_in_engine.py", run_name="__main__")
+sys.path.insert(0, "{python_root.APPLICATION}")
+
+from e2e.fake_vllm.cli import main
+
+main()
 """
 
 
@@ -73,14 +77,14 @@ def gateway() -> Image:
 
 
 def engine() -> Image:
-    """A stand-in for vLLM with the commands `vllm` and `hf`, under the name in the quickstart sample."""
+    """fake-vllm with the commands `vllm` and `hf`, under the name in the quickstart sample."""
     resource = yaml.safe_load(QUICKSTART.read_text(encoding="utf-8"))
     files: dict[str, Path | str] = {
         # What an engine's first init container runs, so that its image is pulled before the gate has its turn.
         "/bin/true": "#!/usr/local/bin/python\n",
         "/usr/local/bin/vllm": _VLLM,
         "/usr/local/bin/hf": _HF,
-        f"{python_root.APPLICATION}/stand_in_engine.py": ROOT / "e2e" / "stand_in_engine.py",
+        f"{python_root.APPLICATION}/e2e/fake_vllm": ROOT / "e2e" / "fake_vllm",
     }
     layer = python_root.sources("engine", files)
     config = {**dockerfile_config(DOCKERFILE), "Entrypoint": ["vllm", "serve"], "Cmd": [], "User": "2000:0"}

@@ -8,12 +8,16 @@ address.
 from __future__ import annotations
 
 import json
+import os
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any
+
+_FAKE_VLLM = Path(__file__).resolve().parents[1] / "fake_vllm" / "vllm"
 
 
 class Outcome(Enum):
@@ -126,6 +130,18 @@ def engine_runner(
         arguments = [paths(argument) for argument in start.args] if with_args else []
         environment = {name: paths(value) for name, value in start.env.items()} | dict(env or {})
         return Launch([*argv, *arguments], environment)
+
+    return run
+
+
+def fake_vllm_runner() -> Runner:
+    """Run engines as fake-vllm. Pods share the interfaces of this machine, and none takes a port from the others."""
+    shared = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "UCX_NET_DEVICES"), "lo")
+    shared |= {"PATH": os.environ.get("PATH", ""), "FAKE_VLLM_CONFINED": "1"}
+
+    def run(start: ContainerStart) -> Launch | Outcome | None:
+        env = shared | {"FAKE_VLLM_DNS": f"{start.dns[0]}:{start.dns[1]}"}
+        return engine_runner([sys.executable, str(_FAKE_VLLM), "serve"], env=env)(start)
 
     return run
 

@@ -7,5 +7,6 @@ is its own: one line of JSON at a time. Standard library and the catalogue only,
 
 Environment of its own: ``FAKE_VLLM_VERSION`` (default: the newest of the catalogue), ``FAKE_VLLM_TASKS`` (what the
 model can do, default ``generate``, or ``embed`` with ``--runner=pooling``), ``FAKE_VLLM_CONFINED=1`` (there is no
-network namespace: what the real one binds to all interfaces is bound to ``VLLM_HOST_IP``).
+network namespace: what the real one binds to all interfaces is bound to ``VLLM_HOST_IP``), ``FAKE_VLLM_DNS``
+(``ADDRESS:PORT`` of a server that knows the names of pods, where resolv.conf does not).
 """

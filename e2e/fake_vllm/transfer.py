@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 
     from e2e.fake_vllm.group import Group
 
-SECONDS = 10.0
-"""For one request's transfer."""
+SECONDS = 5.0
+"""For one step of a request's transfer: the time-out of NIXL's handshake."""
 
 
 class Transfer:

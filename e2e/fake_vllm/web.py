@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote
 
+from e2e.fake_vllm.wire import resolved
+
 if TYPE_CHECKING:
     import socket
 
@@ -164,7 +166,7 @@ async def ask(method: str, host: str, port: int, path: str, body: Any = None) ->
         OSError: not reached, or not a success.
     """
     content = b"" if body is None else json.dumps(body).encode()
-    reader, writer = await asyncio.open_connection(host, port)
+    reader, writer = await asyncio.open_connection(await resolved(host), port)
     try:
         lines = (f"{method} {path} HTTP/1.1", f"host: {host}:{port}", "connection: close",
                  f"content-length: {len(content)}", "content-type: application/json", "", "")  # fmt: skip

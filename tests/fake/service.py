@@ -69,7 +69,6 @@ class Vllm:
     port: int
     process: subprocess.Popen[bytes]
     log_file: Path
-    prefix: tuple[str, ...] = ()
 
     @property
     def log(self) -> str:
