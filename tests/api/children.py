@@ -19,6 +19,7 @@ from securevllm.api.kinds import (
     SECRET,
     SERVICE,
     SERVICE_ACCOUNT,
+    STATEFUL_SET,
     KubeObject,
     Ref,
 )
@@ -39,6 +40,7 @@ CHILD_KINDS = (
     PERSISTENT_VOLUME_CLAIM,
     JOB,
     DEPLOYMENT,
+    STATEFUL_SET,
 )
 _SERVER_METADATA = ("uid", "resourceVersion", "generation", "creationTimestamp", "managedFields", "namespace")
 _ALLOCATED = ("clusterIP", "clusterIPs", "healthCheckNodePort")
