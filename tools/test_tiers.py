@@ -71,7 +71,7 @@ TIERS = (
     Tier("browser", "the page of explain in a real Chromium", workers=0),
     Tier("fake", "the stand-in for vLLM: every topology as processes"),
     Tier("gateway", "a real Envoy", workers=0),
-    Tier("api", "a real kube-apiserver", workers=0, seconds=1800, cluster=True),
+    Tier("api", "a real kube-apiserver", workers=0, seconds=3600, cluster=True),
 )
 
 CHECKS: dict[str, Sequence[str]] = {

@@ -290,7 +290,7 @@ def render(filename: TextIO, namespace: str, uid: str, output: str, bounds_file:
         cat my.yaml | securevllm render -f - -o json | jq .kind
     """  # noqa: D301 - click wants the character
     context = _context(**cluster)
-    judged, failed = _judged(filename, namespace, uid, _bounds(bounds_file))
+    judged, failed = _judged(filename, namespace, uid, _bounds(bounds_file), context)
     printed: list[dict[str, Any]] = []
     for owner, accepted, metadata in judged:
         printed += _rendered(owner, accepted, metadata, context)
@@ -322,7 +322,7 @@ def explain(filename: TextIO, namespace: str, output: str, bounds_file: Path | N
     from securevllm import explain as forms  # noqa: PLC0415 - see the module's docstring
 
     context = _context(**cluster)
-    judged, failed = _judged(filename, namespace, _NO_UID, _bounds(bounds_file))
+    judged, failed = _judged(filename, namespace, _NO_UID, _bounds(bounds_file), context)
     views = [forms.view(owner, accepted, context) for owner, accepted, _ in judged]
     if output == "json":
         for view in views:
@@ -458,11 +458,12 @@ def _one_line(words: str) -> str:
 
 
 def _judged(
-    stream: TextIO, namespace: str, uid: str, bounds: Any
+    stream: TextIO, namespace: str, uid: str, bounds: Any, context: Any
 ) -> tuple[list[tuple[Any, Any, dict[str, Any]]], bool]:
     """Owner, accepted spec and metadata of each good resource; True: another one is wrong, and it was said why."""
     from securevllm.api.parse import parse  # noqa: PLC0415 - see the module's docstring
     from securevllm.render.meta import Owner  # noqa: PLC0415 - see the module's docstring
+    from securevllm.topology import check  # noqa: PLC0415 - see the module's docstring
 
     judged: list[tuple[Any, Any, dict[str, Any]]] = []
     failed = False
@@ -470,7 +471,9 @@ def _judged(
         metadata = document.get("metadata") or {}
         owner = Owner(str(metadata.get("name", "")), str(metadata.get("namespace") or namespace), uid)
         try:
-            judged.append((owner, parse(owner.name, document.get("spec") or {}, bounds), metadata))
+            accepted = parse(owner.name, document.get("spec") or {}, bounds)
+            check(accepted.spec, context)
+            judged.append((owner, accepted, metadata))
         except SpecError as error:
             failed = True
             for problem in error.problems:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
+from securevllm import topology
 from securevllm.api import bounds, kinds
 from securevllm.api.guard.pod import network_devices
 from securevllm.api.kinds import KubeObject, Ref
@@ -153,6 +154,7 @@ class Reconciler:
         problems: tuple[Problem, ...] = ()
         try:
             judged = parse(key.name, resource.get("spec", {}), self._bounds)
+            topology.check(judged.spec, self._context)
             await self._judge_secrets(owner, judged)
             wanted: Accepted | None = judged
         except SpecError as error:

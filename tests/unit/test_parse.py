@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from securevllm import catalogue
-from securevllm.api.parse import Accepted, parse
+from securevllm.api.parse import Accepted, parse, parse_accepted
 from securevllm.errors import Problem, SpecError
 
 HUB = {"name": "meta-llama/Llama-3.1-8B", "source": {"huggingFace": {}}}
@@ -32,6 +32,14 @@ def accepted(**spec: Any) -> Accepted:
 def test_a_fine_spec_is_accepted() -> None:
     found = accepted()
     assert (str(found.version), found.risks, found.raw) == ("0.33.0", (), FINE)
+
+
+def test_a_field_that_is_null_is_one_that_is_absent() -> None:
+    found = accepted(disaggregation=None, security={"egress": [], "gate": None})
+    assert found.raw == {**FINE, "security": {"egress": []}}
+    again = parse_accepted({**FINE, "disaggregation": None})
+    assert again is not None
+    assert again.raw == FINE
 
 
 def hub(**fields: Any) -> dict[str, Any]:
@@ -228,6 +236,13 @@ REFUSED: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
         "spec.disaggregation.connector",
         "VersionLacks",
         ("0.13.0",),
+    ),
+    (
+        "readers at no network",
+        {"security": {"kvEvents": {"from": {"cidrs": ["10.0.0.0/81"]}, "why": "the router asks"}}},
+        "spec.security.kvEvents.from.cidrs[0]",
+        "InvalidSpec",
+        ("IPv4 or IPv6",),
     ),
     (
         "a port of the past",

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from securevllm.api.addresses import NOT_PUBLIC, is_public
 from securevllm.api.parse import parse
 from securevllm.context import CidrPeer, Context, PodPeer, Selector
+from securevllm.errors import Problem, SpecError
 from securevllm.topology import (
     Group,
     Inbound,
@@ -22,6 +23,7 @@ from securevllm.topology import (
     PortRule,
     Role,
     Topology,
+    check,
     hub_port,
     internet,
     outside_part,
@@ -211,6 +213,25 @@ def test_what_is_declared_holds_for_every_role_that_runs_vllm() -> None:
     egress = [{"to": {"cidrs": ["0.0.0.0/0"]}, "ports": [{"port": 443}], "why": "images of users"}]
     found = topology(disaggregation=SPLIT, security={"egress": egress})
     assert {source for source, to, _ in pairs(found) if to == "declared"} == {"prefill", "prefill-worker", "decode"}
+
+
+@pytest.mark.parametrize(
+    ("ranges", "spec", "field"),
+    [
+        (("2001:db8::/32", "fd00::/8"), NODES, "spec.parallelism"),
+        (("2001:db8::/32",), {"disaggregation": SPLIT}, "spec.disaggregation"),
+        (("2001:db8::/32",), {"replicas": 3}, None),
+        (("10.0.0.0/8", "2001:db8::/32"), NODES, None),
+        ((), NODES, None),
+    ],
+)
+def test_groups_need_more_than_ipv6(ranges: tuple[str, ...], spec: dict[str, Any], field: str | None) -> None:
+    found: tuple[Problem, ...] = ()
+    try:
+        check(parse("llama", {**FINE, **spec}).spec, Context(cluster_ranges=ranges))
+    except SpecError as error:
+        found = error.problems
+    assert [(problem.field, problem.reason) for problem in found] == ([(field, "NotSupportedYet")] if field else [])
 
 
 def clients(**peers: Any) -> tuple[Any, ...]:

@@ -70,6 +70,7 @@ def parse(name: str, raw: dict[str, Any], bounds: platform.PlatformBounds = _DEF
     Raises:
         SpecError: with everything that is wrong.
     """
+    raw = _said(raw)
     try:
         spec = _read(raw)
     except ValidationError as error:
@@ -96,6 +97,7 @@ def parse_accepted(raw: dict[str, Any]) -> Accepted | None:
     Returns:
         None when not even today's models can read it.
     """
+    raw = _said(raw)
     try:
         spec = _read(raw)
     except ValidationError:
@@ -106,6 +108,16 @@ def parse_accepted(raw: dict[str, Any]) -> Accepted | None:
 
 def _read(raw: dict[str, Any]) -> api.Spec:
     return _SPEC.validate_json(json.dumps(raw, default=str), strict=True, by_alias=True, by_name=False)
+
+
+def _said(raw: Any) -> Any:
+    """What was said: a field that is null is one that is absent, as the API server stores it."""
+    match raw:
+        case dict():
+            return {name: _said(value) for name, value in raw.items() if value is not None}
+        case list():
+            return [_said(item) for item in raw]
+    return raw
 
 
 def _schema_problems(error: ValidationError) -> list[Problem]:
@@ -369,6 +381,9 @@ def _clients(spec: api.Spec) -> Iterator[Problem]:
         )
     for index, cidr in enumerate(clients.cidrs if clients else ()):
         yield from _cidr(f"spec.gateway.clients.cidrs[{index}]", cidr)
+    events = spec.security.kv_events
+    for index, cidr in enumerate(events.from_.cidrs if events else ()):
+        yield from _cidr(f"spec.security.kvEvents.from.cidrs[{index}]", cidr)
 
 
 def _cidr(field: str, cidr: str) -> Iterator[Problem]:

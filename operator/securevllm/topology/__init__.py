@@ -4,6 +4,7 @@
 probes and ``explain`` all derive from the result, so they cannot disagree.
 """
 
+from securevllm.topology.cluster import check
 from securevllm.topology.model import (
     LAST_PORT,
     VLLM,
@@ -56,6 +57,7 @@ __all__ = [
     "Side",
     "Socket",
     "Topology",
+    "check",
     "every_port",
     "fetch_source",
     "hub_port",
