@@ -120,8 +120,10 @@ def test_what_a_killed_owner_leaves_is_removed_by_the_next_start(own_state: Path
 
 def start_owner(state: Path) -> tuple[subprocess.Popen[bytes], list[ProcessIdentity]]:
     """Run a cluster in another process; return that process and the daemons."""
+    # Whoever runs the tests in the background made them deaf to SIGINT, and children inherit that.
     program = (
-        "import time\nfrom e2e.cluster import running\n"
+        "import signal, time\nfrom e2e.cluster import running\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "with running('owned') as cluster:\n    print(cluster.folder, flush=True)\n    time.sleep(600)\n"
     )
     owner = subprocess.Popen([sys.executable, "-c", program], cwd=ROOT, stdout=subprocess.PIPE)  # noqa: S603
