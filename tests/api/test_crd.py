@@ -411,7 +411,6 @@ STRICTER: dict[tuple[str, str], str] = {
     ("VariableRefused", "only names of the allowlist"): "catalogue",
     ("VariableRefused", "the operator always sets"): "catalogue",
     ("VariableRefused", "this variable is refused"): "catalogue",
-    ("VariableRefused", r"vLLM \S+ has no such variable"): "catalogue of the image's version",
     ("VariableRefused", "not one of the values"): "catalogue",
     ("VariableRefused", "it needs a value of kind"): "catalogue",
     ("SecretRefused", "Secrets of this name are the operator's own"): "names of the operator's objects",
@@ -512,7 +511,6 @@ BEYOND: list[dict[str, Any]] = [
     {"engine": {"args": ["--max-model-len=many"]}},
     *({"engine": {"args": args}} for args in WRONG_ARGUMENTS),
     *({"engine": {"env": [variable]}} for variable in WRONG_VARIABLES),
-    {"image": "vllm/vllm-openai:v0.12.0", "engine": {"env": [{"name": "VLLM_ENGINE_READY_TIMEOUT_S", "value": "9"}]}},
     {"engine": {"volumes": [{"name": "a", "mountPath": "/mnt/a", "secret": {"secretName": "b-gateway-ca"}}]}},
     {"engine": {"volumes": [{"name": n, "mountPath": "/mnt/a", "emptyDir": {}} for n in "ab"]}},
     {
