@@ -115,8 +115,9 @@ def test_isolated_is_a_measurement_with_a_time_and_its_vantage_points(
     # The pods that measured it: restricted, without a token or a label of ours, and gone.
     eventually(lambda: canaries(kube, namespace) == [], 20)
     made = [event for event in lab.audit.requests(since, user=USER, namespace=namespace) if event.resource == "pods"]
-    assert len([request for request in made if request.verb == "create"]) == 2
-    assert len([request for request in made if request.verb == "delete"]) == 2
+    # Two in each complete round; on a slow machine the first found no Ready engine in time, and another follows.
+    created, deleted = (sum(request.verb == verb and request.done for request in made) for verb in ("create", "delete"))
+    assert created == deleted in {2, 4, 6}
 
     # With nothing to do it writes nothing, although it goes on measuring.
     rounds = tries(operator, "cheap")
