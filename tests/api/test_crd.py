@@ -461,6 +461,10 @@ STRICTER: dict[tuple[str, str], str] = {
     ("InvalidSpec", "the fetch Job has to write into the volume"): "ReadOnlyMany is right beside another mode",
     ("InvalidSpec", r"the parallelism needs \d+ GPUs"): "arithmetic over two fields and the list of GPUs",
     ("InvalidSpec", "with disaggregation each side has its own"): "whether parallelism was said at all",
+    ("NotSupportedYet", "its store is a service"): "a later release may support it without a new CRD",
+    ("NotSupportedYet", "it reads the addresses"): "a later release may support it without a new CRD",
+    ("NotSupportedYet", "its servers take pickle"): "a later release may support it without a new CRD",
+    ("NotSupportedYet", "vLLM 0.24 removed it"): "a later release may support it without a new CRD",
     ("NotSupportedYet", "the router knows one address"): "the same type without disaggregation may say it",
     ("WorldMismatch", "GPUs cannot be spread evenly"): "arithmetic over several fields with defaults",
     ("WorldMismatch", "ranks cannot be spread evenly"): "arithmetic over several fields with defaults",
@@ -542,6 +546,10 @@ BEYOND: list[dict[str, Any]] = [
     {"ports": {"torchDistributed": 29501}},
     *({**LOCAL, "parallelism": parallelism} for parallelism in WRONG_SHAPES),
     {**SPLIT, "parallelism": {"tensor": 2}},
+    *(
+        {**LOCAL, "disaggregation": SPLIT["disaggregation"] | {"connector": connector}}
+        for connector in ("mooncakeStore", "moriio", "lmcache", "p2pNccl")
+    ),
     {**LOCAL, "disaggregation": SPLIT["disaggregation"] | {"prefill": {"parallelism": HYBRID}}},
     {
         **LOCAL,

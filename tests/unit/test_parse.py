@@ -244,6 +244,21 @@ REFUSED: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
         "InvalidSpec",
         ("IPv4 or IPv6",),
     ),
+    *(
+        (
+            f"connector {connector}",
+            {"disaggregation": {**SPLIT, "connector": connector}, **LOCAL},
+            "spec.disaggregation.connector",
+            "NotSupportedYet",
+            ("use nixl", told),
+        )
+        for connector, told in (
+            ("mooncakeStore", "store"),
+            ("moriio", "header"),
+            ("lmcache", "pickle"),
+            ("p2pNccl", "0.24 removed"),
+        )
+    ),
     (
         "a port of the past",
         {"ports": {"kvTransfer": 14579}},

@@ -150,11 +150,28 @@ _OPENED_BY = {
 }
 
 
+_REFUSED = {
+    "mooncakeStore": "its store is a service of its own, without authentication",
+    "moriio": "it reads the addresses of its peers from a header of the request",
+    "lmcache": "its servers take pickle from whoever reaches them",
+    "p2pNccl": "vLLM 0.24 removed it, and before it took the addresses of peers from a header of the request",
+}
+"""Connectors whose sockets are in the catalogue, for ``securevllm check``, and that are not rendered."""
+
+
 def blocks(spec: api.Spec) -> Iterator[Problem]:
     """Blocks that do not go together."""
     split = spec.disaggregation
     if split is None:
         return
+    if split.connector not in catalogue.connectors():
+        yield Problem(
+            "spec.disaggregation.connector",
+            "NotSupportedYet",
+            _REFUSED[split.connector],
+            "For now: use nixl, or mooncake.",
+            split.connector,
+        )
     if "parallelism" in spec.model_fields_set:
         yield Problem(
             "spec.parallelism",

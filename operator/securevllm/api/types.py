@@ -288,7 +288,9 @@ class RouterSpec(Model):
 class Disaggregation(Model):
     """Prefill and decode in pods of their own, with a KV transfer between them."""
 
-    connector: Literal["nixl", "mooncake"] = Field(description="What moves the KV cache from prefill to decode.")
+    connector: Literal["nixl", "mooncake", "mooncakeStore", "moriio", "lmcache", "p2pNccl"] = Field(
+        description="What moves the KV cache from prefill to decode: nixl or mooncake; others are not supported yet."
+    )
     prefill: DisaggregatedRole = Field(default_factory=DisaggregatedRole, description="The side that reads prompts.")
     decode: DisaggregatedRole = Field(default_factory=DisaggregatedRole, description="The side that writes answers.")
     router: RouterSpec = Field(description="The router between the gateway and both sides.")
