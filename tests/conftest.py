@@ -1,8 +1,16 @@
-"""`--accept` (`make golden`) writes what is rendered now as the golden files; without it, a difference fails."""
+"""`--accept` (`make golden`) writes what is rendered now as the golden files; without it, a difference fails.
+
+Generated examples are the same in every run, and may take as long as they take: a slow machine is no mistake.
+`--hypothesis-profile=nightly` looks for new ones (tests/property).
+"""
 
 from __future__ import annotations
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+settings.register_profile("same", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("same")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
