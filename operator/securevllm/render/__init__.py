@@ -201,7 +201,7 @@ def render(owner: Owner, accepted: Accepted, context: Context, observed: Observe
         workloads=tuple(stamp(item) for item in workloads if item is not None),
         groups=tuple(group for item in replicas for group in item.groups),
         withheld=tuple(withheld),
-        outdated=tuple(dict.fromkeys(name.partition("/")[0] for name, item in settled.items() if item.outdated)),
+        outdated=tuple(sorted({name.partition("/")[0] for name, item in settled.items() if item.outdated})),
         gateway_files=files,
         keys_file=keys_file,
         url=gateway.url(owner, spec, context),
