@@ -173,6 +173,19 @@ def test_every_spelling_becomes_one(args: list[str], canonical: list[str]) -> No
     assert rendered(judged)[0]["args"][1 : 1 + len(canonical)] == canonical
 
 
+@pytest.mark.parametrize(
+    ("prefix", "advice", "never"),
+    [
+        ("--max-model-le=1", "Write the full name: --max-model-len.", "Leave it out"),
+        ("--root-p=/", "Leave it out: it stands for --root-path", "Write the full name"),
+    ],
+)
+def test_a_prefix_is_never_answered_with_a_flag_that_is_refused_too(prefix: str, advice: str, never: str) -> None:
+    told = refused(prefix)
+    assert advice in told
+    assert never not in told
+
+
 def test_what_an_earlier_release_accepted_is_passed_on() -> None:
     assert arguments.canonical(["--gone-since=1", "--dtype=bfloat16"]) == ["--gone-since=1", "--dtype=bfloat16"]
 

@@ -189,7 +189,10 @@ def _why_not(name: str, known: Mapping[str, catalogue.Setting]) -> tuple[str, st
     completions = sorted(flag for flag in everything if flag.startswith(name)) if len(name) > len("--") else []
     rule = "only exact names of the allowlist may be passed: a flag can open what the operator closed"
     if completions:
-        return f"{rule}, and vLLM takes a prefix for the whole name", f"Write the full name: {', '.join(completions)}."
+        rule = f"{rule}, and vLLM takes a prefix for the whole name"
+        if allowed := [flag for flag in completions if flag in known]:
+            return rule, f"Write the full name: {', '.join(allowed)}."
+        return rule, f"Leave it out: it stands for {', '.join(completions)}, which args may not set either."
     close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.75)
     return rule, f"Did you mean {' or '.join(close)}?" if close else "docs/guard.md lists what may be set."
 
