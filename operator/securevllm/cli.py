@@ -546,6 +546,14 @@ def _text(dumper: yaml.SafeDumper, value: str) -> yaml.Node:
 _Dumper.add_representer(str, _text)
 
 
+def _installations(_context: Any, _option: Any, values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        namespace, slash, lease = value.partition("/")
+        if not (namespace and slash and lease) or "/" in lease:
+            raise click.BadParameter(f"{value!r} is not NAMESPACE/LEASE, as status.operator of the resources says it")
+    return values
+
+
 @main.command()
 @click.option(
     "--namespace",
@@ -580,6 +588,14 @@ _Dumper.add_representer(str, _text)
     " never True, because nothing shows what silence means.",
 )
 @click.option("--workers", default=8, show_default=True, type=click.IntRange(1, 64), help="Resources at once.")
+@click.option(
+    "--take-over",
+    multiple=True,
+    metavar="NAMESPACE/LEASE",
+    callback=_installations,
+    help="An installation that is gone, as status.operator names it: its resources become this one's. Repeatable."
+    " Never name one that still runs.",
+)
 @_BOUNDS
 @_context_options
 @click.option("--resync", default=600.0, show_default=True, help="Seconds between two full lists.")
@@ -594,6 +610,7 @@ def run(  # noqa: PLR0917 - click gives one argument per option
     canary_listener: bool,
     canary_pods: bool,
     workers: int,
+    take_over: tuple[str, ...],
     resync: float,
     log_format: Any,
     log_level: str,
@@ -616,6 +633,7 @@ def run(  # noqa: PLR0917 - click gives one argument per option
         canary_pods=canary_pods,
         log_format=log_format,
         log_level=log_level,
+        take_over=take_over,
         resync_seconds=resync,
         context=_context(**cluster),
         bounds=_bounds(bounds_file),

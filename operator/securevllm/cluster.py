@@ -122,7 +122,9 @@ class Kubernetes(Protocol):
     ) -> KubeObject:
         """PATCH an object or a subresource. Raises `NotFound`, `Conflict`."""
 
-    async def patch_status(self, ref: Ref, status: Mapping[str, Any], *, uid: str | None = None) -> KubeObject:
+    async def patch_status(
+        self, ref: Ref, status: Mapping[str, Any], *, uid: str | None = None, resource_version: str | None = None
+    ) -> KubeObject:
         """Merge into ``.status``, of the object with this uid only. Raises `NotFound`, `Conflict`."""
 
     async def delete(
@@ -342,11 +344,14 @@ class KubernetesClient:
             )
         )
 
-    async def patch_status(self, ref: Ref, status: Mapping[str, Any], *, uid: str | None = None) -> KubeObject:
+    async def patch_status(
+        self, ref: Ref, status: Mapping[str, Any], *, uid: str | None = None, resource_version: str | None = None
+    ) -> KubeObject:
         """See `Kubernetes.patch_status`."""
         body: KubeObject = {"status": dict(status)}
-        if uid is not None:
-            body["metadata"] = {"uid": uid}
+        wanted = {"uid": uid, "resourceVersion": resource_version}
+        if metadata := {name: value for name, value in wanted.items() if value is not None}:
+            body["metadata"] = metadata
         return await self.patch(ref, body, subresource="status")
 
     async def delete(

@@ -24,6 +24,7 @@ import structlog
 from securevllm import __version__, log, resolvers
 from securevllm.api import kinds
 from securevllm.api import types as api
+from securevllm.claims import Claims
 from securevllm.cluster import Kubernetes, Login, connect
 from securevllm.context import FIELD_MANAGER
 from securevllm.errors import OperatorError
@@ -188,6 +189,7 @@ class _Process:
             HttpGateways(session),
             settings.context,
             settings.bounds,
+            claims=Claims(kubernetes, settings.installation, settings.take_over),
             evidences=Evidences(self.store, self.prober, settings.context, _now, canary_pods=settings.canary_pods),
             now=_now,
             monotonic=boot_clock,

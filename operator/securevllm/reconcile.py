@@ -41,6 +41,7 @@ from securevllm.status import workload as read_workload
 if TYPE_CHECKING:
     from securevllm.api import types as api
     from securevllm.children import Cache
+    from securevllm.claims import Claims
     from securevllm.cluster import Kubernetes
     from securevllm.context import Context
     from securevllm.gateways import Gateways
@@ -100,6 +101,7 @@ class Reconciler:
         limits: what the platform lets any resource ask for.
         now: wall clock, UTC.
         monotonic: clock for pauses, seconds.
+        claims: which resources are this installation's.
         evidences: of isolation.
         conditions: told the conditions of every resource, and None when it is gone (metrics).
     """
@@ -112,6 +114,7 @@ class Reconciler:
         context: Context,
         limits: bounds.PlatformBounds,
         *,
+        claims: Claims,
         evidences: Evidences,
         now: Callable[[], datetime],
         monotonic: Callable[[], float],
@@ -119,7 +122,7 @@ class Reconciler:
     ) -> None:
         self._kubernetes, self._cache, self._context = kubernetes, cache, context
         self._bounds, self._now, self._conditions = limits, now, conditions
-        self._evidences = evidences
+        self._claims, self._evidences = claims, evidences
         self._children = Children(kubernetes, cache, monotonic)
         self._deny = DefaultDeny(kubernetes, cache, self._children, monotonic)
         self._generator = Generator(self._children, context, now)
@@ -129,7 +132,7 @@ class Reconciler:
     async def __call__(self, key: Key) -> float | None:
         """Reconcile a key; gives the seconds until it wants to be called again, None when it is gone."""
         if not key.name:
-            return await self._deny.tidy(key.namespace)
+            return await self._tidy(key.namespace)
         ref = Ref(kinds.SECURE_VLLM_DEPLOYMENT, key.namespace, key.name)
         resource = self._cache.get(ref)
         if resource is None:
@@ -143,7 +146,12 @@ class Reconciler:
         if "foregroundDeletion" in resource["metadata"].get("finalizers", ()):
             return await self._gone(key)
         try:
-            return await self._reconcile(key, resource)
+            claimed = await self._claims.claim(resource)
+            if claimed is None:
+                self._forget(key)
+                return _RESYNC
+            self._cache.put(claimed)
+            return await self._reconcile(key, claimed)
         except (Conflict, NotFound):
             self._cache.forget(ref)  # it moved under us, or was recreated
             raise
@@ -473,11 +481,22 @@ class Reconciler:
 
     async def _gone(self, key: Key) -> float | None:
         """The resource is gone: its children go by their owner reference; the default-deny goes last."""
+        self._forget(key)
+        self._claims.forget(Ref(kinds.SECURE_VLLM_DEPLOYMENT, key.namespace, key.name))
+        return await self._tidy(key.namespace)
+
+    def _forget(self, key: Key) -> None:
         self._children.forget(key.namespace, key.name)
         self._evidences.forget(key.namespace, key.name)
         self._read_back.forget(key.namespace, key.name)
         self._conditions(key.namespace, key.name, None)
-        return await self._deny.tidy(key.namespace)
+
+    async def _tidy(self, namespace: str) -> float | None:
+        """The default-deny, unless every resource of the namespace is another installation's: then it is, too."""
+        resources = self._cache.all(kinds.SECURE_VLLM_DEPLOYMENT, namespace)
+        if resources and all(map(self._claims.is_foreign, resources)):
+            return None
+        return await self._deny.tidy(namespace)
 
 
 def _engine_secrets(spec: api.Spec, found: Facts) -> dict[str, str | None]:

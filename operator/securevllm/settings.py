@@ -31,6 +31,7 @@ class Settings:
         canary_pods: whether canary pods may be made in users' namespaces.
         log_format: ``json`` or ``console``.
         log_level: for example ``INFO``.
+        take_over: installations that are gone, whose resources become this one's; each ``<namespace>/<Lease>``.
         resync_seconds: how often everything is listed again: a deletion in a watch gap is never told.
         context: what rendering has to know of the cluster.
         bounds: what the platform lets any resource ask for.
@@ -47,6 +48,7 @@ class Settings:
     canary_pods: bool = True
     log_format: Literal["json", "console"] = "json"
     log_level: str = "INFO"
+    take_over: tuple[str, ...] = ()
     resync_seconds: float = 600.0
     context: Context = field(default_factory=Context)
     bounds: platform.PlatformBounds = field(default_factory=platform.PlatformBounds)
@@ -55,6 +57,11 @@ class Settings:
     def lease(self) -> str:
         """Name of the Lease; it carries the scope, so that operators of two scopes do not stand by for each other."""
         return LEASE if self.watch_namespace is None else f"{LEASE}-{self.watch_namespace}"
+
+    @property
+    def installation(self) -> str:
+        """What tells this installation from every other of the cluster; ``status.operator`` of its resources."""
+        return f"{self.namespace}/{self.lease}"
 
 
 class _Strict(yaml.SafeLoader):

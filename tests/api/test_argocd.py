@@ -50,6 +50,13 @@ def test_from_progressing_to_healthy_refused_and_suspended(cluster: Cluster, kub
         until(kube, ref, "Suspended", "InProgress")
 
 
+def test_what_was_made_this_moment_is_in_progress(kube: Kube, namespace: str) -> None:
+    """The answer to the create is the object before any look of the operator: nobody may take it for complete."""
+    made = kube.create(resource(namespace))
+    assert made["status"] == {"observedGeneration": -1}
+    assert (health(made)[0], kstatus(made)) == ("Progressing", "InProgress")
+
+
 @pytest.fixture
 def no_policies(kube: Kube, namespace: str) -> Any:
     """Give a namespace in which nobody can write NetworkPolicies."""

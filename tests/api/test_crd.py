@@ -197,7 +197,7 @@ def test_the_status_of_a_create_is_dropped(server: Server) -> None:
     stored = server.objects.create_namespaced_custom_object(
         GROUP, "v1alpha1", NAMESPACE, PLURAL, body, dry_run="All", field_validation="Strict"
     )
-    assert "status" not in stored
+    assert stored["status"] == {"observedGeneration": -1}
 
 
 # ------------------------------------------------------------------------------------------------------------- CEL

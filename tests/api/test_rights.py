@@ -105,8 +105,6 @@ def installation(
     lab.twin("one-namespace", installed)
     yield namespace, installed, "one-namespace", ["--namespace", namespace]
     lab.kube.delete(Ref(kinds.NAMESPACE, None, namespace))
-    # Both installations have a Role for the Lease of that name; the operators of other tests need the first one.
-    install(lab.kube)
 
 
 @pytest.mark.slow

@@ -71,5 +71,7 @@ def test_the_lease_is_the_one_that_is_held(variant: str, namespace: str | None) 
     built = by_key(kustomize(MANIFESTS / variant))
     name = Settings(namespace="", identity="", watch_namespace=namespace).lease
     assert ("Lease", "secure-vllm-operator", name) in built
-    rules = built["Role", "secure-vllm-operator", "secure-vllm-operator-lease"]["rules"]
+    # Another scope in the same namespace must not overwrite it.
+    rules = built["Role", "secure-vllm-operator", f"{name}-lease"]["rules"]
+    assert built["RoleBinding", "secure-vllm-operator", f"{name}-lease"]["roleRef"]["name"] == f"{name}-lease"
     assert rules[1]["resourceNames"] == [name]

@@ -142,11 +142,11 @@ def test_a_default_is_told() -> None:
         assert schema[path]["description"].endswith(told), path
 
 
-def test_only_replicas_are_defaulted_by_the_api_server() -> None:
-    """A default in the CRD is frozen in etcd; the scale subresource cannot do without the two of them."""
+def test_only_replicas_and_a_generation_that_never_was_are_defaulted_by_the_api_server() -> None:
+    """A default in the CRD is frozen in etcd; scale cannot do without replicas, nor kstatus without that."""
     schema = crd()["spec"]["versions"][0]["schema"]["openAPIV3Schema"]
     defaults = {path: node["default"] for path, node in nodes(schema) if "default" in node}
-    assert defaults == {".spec.replicas": 1, ".spec.gateway.replicas": 2}
+    assert defaults == {".spec.replicas": 1, ".spec.gateway.replicas": 2, ".status": {"observedGeneration": -1}}
 
 
 def test_the_name_is_limited_at_the_root() -> None:

@@ -49,6 +49,11 @@ helm.sh/chart: {{ printf "%s-%s" .Chart.Name .Chart.Version | replace "+" "_" }}
 secure-vllm-operator{{ with .Values.watchNamespace }}-{{ . }}{{ end }}
 {{- end -}}
 
+{{/* Two scopes in one namespace have roles of their own for their Leases. */}}
+{{- define "svllm.lease-role" -}}
+{{ include "svllm.name" . }}{{ with .Values.watchNamespace }}-{{ . }}{{ end }}-lease
+{{- end -}}
+
 {{- define "svllm.user" -}}
 {{- printf "system:serviceaccount:%s:%s" .Release.Namespace (include "svllm.service-account" .) -}}
 {{- end -}}
@@ -66,6 +71,7 @@ secure-vllm-operator{{ with .Values.watchNamespace }}-{{ . }}{{ end }}
 {{- $pods := list -}}
 {{- $arguments := list "run" -}}
 {{- with .Values.watchNamespace }}{{- $arguments = append $arguments (printf "--namespace=%s" .) -}}{{- end -}}
+{{- range .Values.takeOver }}{{- $arguments = append $arguments (printf "--take-over=%s" .) -}}{{- end -}}
 {{- if ne .Values.cluster.domain "cluster.local" }}{{- $arguments = append $arguments (printf "--cluster-domain=%s" .Values.cluster.domain) -}}{{- end -}}
 {{- range .Values.cluster.ranges }}{{- $arguments = append $arguments (printf "--cluster-range=%s" .) -}}{{- end -}}
 {{- range .Values.dns.peers -}}

@@ -5,8 +5,8 @@ The result is a *structural* schema (Kubernetes documentation, "Custom Resources
 estimate for CEL rules is the size of a whole request, and one resource could fill etcd. Whatever the generator cannot
 express raises `InternalError` with the path of the field; nothing is dropped silently but what is named here:
 
-* `title`, and `default` unless the field says `CRD_DEFAULT` (safe defaults are resolved when parsing); every default
-  is told at the end of the description, because `kubectl explain` shows nothing else of it;
+* `title`, and `default` of the spec unless the field says `CRD_DEFAULT` (safe defaults are resolved when parsing);
+  every default is told at the end of the description, because `kubectl explain` shows nothing else of it;
 * `additionalProperties: false` (the API server prunes, or refuses under strict field validation, by itself);
 * `propertyNames` and `patternProperties`, the form of a map's keys: OpenAPI v3 has neither, they become a CEL rule.
 """
@@ -117,7 +117,8 @@ def _root(spec: type[BaseModel], status: type[BaseModel]) -> _Schema:
             "kind": {"description": f"Always {KIND}.", "type": "string"},
             "metadata": {"type": "object"},
             "spec": structural_schema(spec, "spec"),
-            "status": structural_schema(status, "status"),
+            # kstatus takes an object without status for complete. With a generation that never was, it waits.
+            "status": {**structural_schema(status, "status"), "default": {"observedGeneration": -1}},
         },
         "x-kubernetes-validations": [
             rule(

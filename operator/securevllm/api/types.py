@@ -869,7 +869,14 @@ class AdvisoryStatus(Model):
 class Status(Model):
     """What the operator saw."""
 
-    observed_generation: int | None = Field(None, description="Generation of the spec that was looked at last.")
+    observed_generation: int | None = Field(
+        None, description="Generation of the spec that was looked at last; -1 before the first look."
+    )
+    operator: Annotated[str, Field(max_length=192)] | None = Field(
+        None,
+        description="The installation that cares for this resource: namespace and name of its Lease. Every other one"
+        " leaves it alone.",
+    )
     replicas: int | None = Field(None, description="Model replicas that exist.")
     ready_replicas: int | None = Field(None, description="Model replicas that serve.")
     selector: Annotated[str, Field(max_length=1024)] | None = Field(
