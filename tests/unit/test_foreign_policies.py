@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ipaddress
+from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
+from securevllm import netpol
 from securevllm.api.parse import parse
 from securevllm.context import Context
-from securevllm.proof.foreign import told, wider
-from securevllm.render import Observed, Rendered, render
+from securevllm.proof.foreign import holding, told, wider
+from securevllm.render import Observed, Rendered, canary, render
 from securevllm.render.meta import Owner
 
 OWNER = Owner("llama", "apps", "uid-1")
@@ -128,3 +132,48 @@ def test_pods_of_another_resource_are_its_own_matter() -> None:
     templates = [obj["spec"]["template"] for rendered in (RENDERED, theirs) for obj in rendered.workloads]
     live = (RENDERED.deny, *RENDERED.isolation, *theirs.isolation)
     assert wider("apps", OWNER.label, (RENDERED.deny, *RENDERED.isolation), live, templates) == ()
+
+
+CLOSED: dict[str, Any] = {
+    "apiVersion": "networking.k8s.io/v1",
+    "kind": "NetworkPolicy",
+    "metadata": {"name": "closed", "namespace": "apps"},
+    "spec": {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]},
+}
+NAMESPACES = {name: {"kubernetes.io/metadata.name": name} for name in ("apps", "secure-vllm-operator", "other")}
+
+
+def end(namespace: str, name: str, address: str) -> netpol.Pod:
+    labels = (
+        canary.labels(Owner("llama", namespace, "1")) if name.startswith("canary") else {"app.kubernetes.io/name": name}
+    )
+    return netpol.Pod(namespace, name, labels, (ipaddress.ip_address(address),))
+
+
+def test_who_may_hold_canary_pods_back_is_named() -> None:
+    labels = canary.labels(Owner("llama", "apps", "1"))
+    live = [CLOSED, RENDERED.deny, *RENDERED.isolation]
+    assert holding("apps", labels, live) == ("closed",)
+    unreadable = {**CLOSED, "metadata": {"name": "odd"}, "spec": {"podSelector": {"new": 1}}}
+    assert holding("apps", labels, [*live, unreadable]) == ("closed", "odd")
+
+
+def test_the_policy_of_the_page_lets_canary_pods_through_a_default_deny_and_nobody_else() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "status.md").read_text(encoding="utf-8")
+    section = page.partition("### NoControl")[2].partition("\n### ")[0]
+    told_policy = yaml.safe_load(section.partition("```yaml\n")[2].partition("```")[0])
+    listener, prober = end("apps", "canary-l", "10.0.0.1"), end("apps", "canary-p", "10.0.0.2")
+    engine = end("apps", "vllm", "10.0.0.3")
+    operator, stranger = end("secure-vllm-operator", "secure-vllm-operator", "10.0.1.1"), end("other", "x", "10.0.2.1")
+
+    def open_to(policies: list[dict[str, Any]], source: netpol.Pod, destination: netpol.Pod) -> bool:
+        parsed = [netpol.parse(policy, "apps") for policy in policies]
+        return bool(netpol.Policies(parsed, NAMESPACES).allowed(source, destination, "TCP", 8000))
+
+    for source in (operator, prober):
+        assert open_to([], source, listener)
+        assert not open_to([CLOSED], source, listener)
+        assert open_to([CLOSED, told_policy], source, listener)
+    assert not open_to([CLOSED, told_policy], stranger, listener)
+    assert not open_to([CLOSED, told_policy], prober, engine)
+    assert open_to([told_policy], prober, engine)

@@ -72,6 +72,22 @@ def wider(
     return tuple(sorted(found))
 
 
+def holding(namespace: str, labels: Mapping[str, str], live: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
+    """Names of NetworkPolicies that select a pod with these labels: its silence may be theirs.
+
+    One that cannot be read counts, because it may be the one.
+    """
+    pod = Pod(namespace, "canary", labels)
+    return tuple(sorted(obj["metadata"]["name"] for obj in live if _selects(obj, pod)))
+
+
+def _selects(obj: Mapping[str, Any], pod: Pod) -> bool:
+    try:
+        return netpol.parse(obj, pod.namespace).selects(pod)
+    except netpol.PolicyError:
+        return True
+
+
 def _distinct(namespace: str, label: str, templates: Iterable[Mapping[str, Any]]) -> list[Pod]:
     pods: dict[tuple[tuple[str, str], ...], Pod] = {}
     for template in templates:

@@ -27,9 +27,11 @@ from securevllm.gateways import Pod
 from securevllm.proof.asking import Asking, Asks, unanswered
 from securevllm.proof.canaries import Canaries, Refused
 from securevllm.proof.dial import dial as connect_and_reset
+from securevllm.proof.foreign import holding
 from securevllm.proof.targets import LIMITS, Endpoint, Request, endpoints, is_ready, one_per_group
 from securevllm.proof.verdict import Control, Proof, Question, Round, Sample, Vantage, judge
 from securevllm.proof.wire import BLOCKED, Reach, Target
+from securevllm.render import canary
 from securevllm.render.meta import RESOURCE_LABEL
 from securevllm.topology import Role
 
@@ -46,6 +48,11 @@ log = structlog.stdlib.get_logger(__name__)
 
 _T = TypeVar("_T")
 Dial = Callable[[str, int, float], Awaitable[Reach]]
+
+HELD_BACK = (
+    "Canary pods are selected by the NetworkPolicies {} of this namespace, which may hold them back; the policy that"
+    " lets them through is in docs/status.md#nocontrol."
+)
 
 CHEAP_SECONDS = 30.0
 CANARY_SECONDS = 6 * 3600.0
@@ -372,8 +379,15 @@ class Prober:
             seen,
             samples=(*from_operator, *from_canary),
             controls=tuple(control_samples),
-            lacking=tuple(lacking),
+            lacking=(*lacking, *self._holding(subject.owner, control_samples)),
         )
+
+    def _holding(self, owner: Owner, controls: Iterable[Control]) -> list[str]:
+        """Policies that may be why canary pods were not reached."""
+        if all(item.reach is Reach.OPEN for item in controls):
+            return []
+        names = holding(owner.namespace, canary.labels(owner), self._cache.all(kinds.NETWORK_POLICY, owner.namespace))
+        return [HELD_BACK.format(", ".join(names))] if names else []
 
     async def _samples(self, subject: Subject, found: Sequence[Endpoint]) -> tuple[Sample, ...]:
         """From the operator; what answers is tried a second time before it is believed."""

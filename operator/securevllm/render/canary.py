@@ -25,6 +25,17 @@ _LIFETIME_SECONDS = 120
 """Kubelet ends it after that, also when the operator is gone."""
 
 
+def labels(owner: Owner) -> dict[str, str]:
+    """Labels of canary pods; docs/status.md#nocontrol selects them by the name."""
+    return {
+        **pods.MESH_OPT_OUT_LABELS,
+        "app.kubernetes.io/name": "secure-vllm-canary",
+        INSTANCE: owner.name,
+        COMPONENT: COMPONENT_VALUE,
+        MANAGED_BY: FIELD_MANAGER,
+    }
+
+
 def listener(owner: Owner, spec: api.Spec, context: Context, name: str, *, node: str, ports: tuple[int, ...]) -> Object:
     """A pod that accepts on ports, on one node.
 
@@ -84,13 +95,7 @@ def _pod(owner: Owner, spec: api.Spec, context: Context, name: str, program: tup
         "metadata": {
             "name": name,
             "namespace": owner.namespace,
-            "labels": {
-                **pods.MESH_OPT_OUT_LABELS,
-                "app.kubernetes.io/name": "secure-vllm-canary",
-                INSTANCE: owner.name,
-                COMPONENT: COMPONENT_VALUE,
-                MANAGED_BY: FIELD_MANAGER,
-            },
+            "labels": labels(owner),
             "annotations": dict(pods.MESH_OPT_OUT_ANNOTATIONS),
             "ownerReferences": [reference],
         },
@@ -100,5 +105,5 @@ def _pod(owner: Owner, spec: api.Spec, context: Context, name: str, program: tup
 
 def is_canary(pod: Object) -> bool:
     """Whether a pod is one of these."""
-    labels = pod["metadata"].get("labels", {})
-    return (labels.get(COMPONENT), labels.get(MANAGED_BY)) == (COMPONENT_VALUE, FIELD_MANAGER)
+    found = pod["metadata"].get("labels", {})
+    return (found.get(COMPONENT), found.get(MANAGED_BY)) == (COMPONENT_VALUE, FIELD_MANAGER)
