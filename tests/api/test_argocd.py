@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
 from e2e.cluster.hollow import hollow_node
 from securevllm.api import kinds
 from securevllm.api.kinds import KubeObject, Ref
-from tests.api.kube import Kube, eventually
+from tests.api.kube import Kube, Refused, eventually
 from tests.api.lab import real_gateways
 from tests.api.operator_process import await_condition, quiet, resource, settled
 from tests.argo import act, health, kstatus
@@ -55,6 +59,78 @@ def test_what_was_made_this_moment_is_in_progress(kube: Kube, namespace: str) ->
     made = kube.create(resource(namespace))
     assert made["status"] == {"observedGeneration": -1}
     assert (health(made)[0], kstatus(made)) == ("Progressing", "InProgress")
+
+
+FLUX = yaml.safe_load(
+    (Path(__file__).parents[2] / "docs" / "gitops.md")
+    .read_text(encoding="utf-8")
+    .partition("```yaml\nhealthCheckExprs:\n")[2]
+    .partition("```")[0]
+)[0]
+"""What the page tells people to write into a Kustomization of Flux."""
+
+
+@pytest.fixture
+def flux(kube: Kube, namespace: str) -> Iterator[Callable[[KubeObject], str]]:
+    """Flux's health of a status, by the API server's own CEL: admission policies whose expressions are the page's."""
+    names = {part: f"flux-{part}-{namespace}" for part in ("current", "failed")}
+    selector = {"matchLabels": {"kubernetes.io/metadata.name": namespace}}
+    rules = {"apiGroups": ["securevllm.io"], "apiVersions": ["v1alpha1"], "operations": ["UPDATE"]}
+    for part, name in names.items():
+        # Flux gives the top level of the object as variables, an admission policy below `object`.
+        expression = re.sub(r"(?<![.\w])(status|metadata)\.", r"object.\1.", FLUX[part])
+        metadata = {"apiVersion": "admissionregistration.k8s.io/v1", "metadata": {"name": name}}
+        matched = {"resourceRules": [{**rules, "resources": ["securevllmdeployments/status"]}]}
+        validation = {"expression": f"!({expression})", "message": f"flux: {part}"}
+        spec: KubeObject = {"matchConstraints": matched, "validations": [validation]}
+        policy = {**metadata, "kind": "ValidatingAdmissionPolicy", "spec": spec}
+        kube.request("POST", f"{REGISTRATION}/validatingadmissionpolicies", policy)
+        spec = {
+            "policyName": name,
+            "validationActions": ["Deny"],
+            "matchResources": {"namespaceSelector": selector},
+        }
+        binding = {**metadata, "kind": "ValidatingAdmissionPolicyBinding", "spec": spec}
+        kube.request("POST", f"{REGISTRATION}/validatingadmissionpolicybindings", binding)
+
+    def told(obj: KubeObject) -> str:
+        path = f"{Ref.of(obj).path()}/status"
+        body = {"status": obj["status"]}
+        try:
+            kube.request("PATCH", path, body, query={"dryRun": "All"}, content_type="application/merge-patch+json")
+        except Refused as refused:
+            found = re.search(r"flux: (\w+)", str(refused))
+            if found is None:
+                raise
+            return found[1]
+        return "inProgress"
+
+    yield told
+    for name in names.values():
+        kube.request("DELETE", f"{REGISTRATION}/validatingadmissionpolicybindings/{name}")
+        kube.request("DELETE", f"{REGISTRATION}/validatingadmissionpolicies/{name}")
+
+
+def test_the_expressions_for_flux_say_what_is_well(
+    kube: Kube, namespace: str, flux: Callable[[KubeObject], str]
+) -> None:
+    made = kube.create(resource(namespace))
+
+    def status(ready: str, reason: str, stalled: str = "False", generation: int = 1) -> KubeObject:
+        common = {"message": "x", "lastTransitionTime": "2026-01-01T00:00:00Z"}
+        conditions = [
+            {"type": "Ready", "status": ready, "reason": reason, **common},
+            {"type": "Stalled", "status": stalled, "reason": "InvalidSpec", **common},
+        ]
+        return made | {"status": {"observedGeneration": generation, "conditions": conditions}}
+
+    # A policy needs a moment until the API server asks it.
+    eventually(lambda: flux(status("True", "AllReady")) == "current", 60)
+    eventually(lambda: flux(status("False", "InvalidSpec", "True")) == "failed", 60)
+    assert flux(status("False", "Suspended")) == "current"
+    assert flux(status("False", "ScaledToZero")) == "current"
+    assert flux(status("False", "Progressing")) == "inProgress"
+    assert flux(status("False", "Suspended", generation=0)) == "inProgress"
 
 
 @pytest.fixture
