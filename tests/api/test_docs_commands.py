@@ -68,7 +68,7 @@ def run(text: str, checkout: Path, cluster: Cluster) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pages", [["install.md"], ["install.md", "upgrade.md"]], ids="-".join)
+@pytest.mark.parametrize("pages", [["install.md"], ["install.md", "upgrade.md"], ["getting-started.md"]], ids="-".join)
 def test_commands_of_the_page_work_in_their_order(pages: list[str], checkout: Path, cluster: Cluster) -> None:
     first, *rest = blocks(pages[0])
     if len(pages) > 1:
