@@ -1,6 +1,7 @@
 #!/bin/sh
 # Make or complete a virtual environment: tools/setup.sh FOLDER LOCK   (interpreter: PYTHON, or found by itself)
-# Packages come as wheels with the hashes of the lock, so that no compiler is needed and nothing else gets in.
+# Packages come as wheels with the hashes of the lock, so that no compiler is needed and nothing else gets in. The lock is
+# complete, so nothing is resolved: pip 23 looks past the lock at `coverage[toml]` once a newer coverage is out, and stops.
 set -eu
 folder=$1
 lock=$2
@@ -35,6 +36,6 @@ if ! new_enough "$folder/bin/python" || ! "$folder/bin/python" -m pip --version 
 fi
 echo "setup: packages of $lock (about a minute the first time)"
 "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-input \
-  --require-hashes --only-binary :all: --requirement "$lock"
+  --require-hashes --only-binary :all: --no-deps --requirement "$lock"
 "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-input \
   --no-index --no-deps --no-build-isolation --editable .

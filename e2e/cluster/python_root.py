@@ -50,7 +50,8 @@ def packages(lock: Path) -> Layer:
     def fill(root: Path) -> None:
         target = root / PACKAGES.lstrip("/")
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-compile", "--disable-pip-version-check"]
-        command += ["--require-hashes", "--only-binary", ":all:", "--target", str(target), "--requirement", str(lock)]
+        command += ["--require-hashes", "--no-deps", "--only-binary", ":all:"]
+        command += ["--target", str(target), "--requirement", str(lock)]
         result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
         if result.returncode != 0:
             raise ClusterError(f"`{' '.join(command)}` failed: {result.stderr.strip()}")

