@@ -370,7 +370,7 @@ def test_a_fight_over_a_child_is_told_and_does_not_become_a_storm(
         if request.user != USER
     ]
     assert len(theirs) > 20
-    # Six repairs, each of at most an apply and a replace; after that one with each pause, which only a slow machine sees.
+    # Six repairs, each of at most an apply and a replace; after that one with each pause: seen on a slow machine.
     assert 6 <= len(mine) <= max(14, len(theirs) // 2)
     # The status is written when something new is to be said, also that a pause is over; never for every look.
     told = [request for request in Audit(cluster).writes(since, user=USER, namespace=namespace) if request.subresource]
