@@ -102,16 +102,28 @@ def _load_image(options: argparse.Namespace) -> None:
 
 
 def _build(_options: argparse.Namespace) -> None:
+    if _nothing_to_build():
+        return
     build(CONTROL_PLANE, _say)
     print(f"built: {binaries_folder()}")
 
 
 def _dependencies(_options: argparse.Namespace) -> None:
+    if _nothing_to_build():
+        return
     began = time.monotonic()
     nodes.check_machine()
     find_or_build(_say)
     nodes.prepare("cilium", _say)
     print(f"all that nodes need is in {cache_folder()} ({time.monotonic() - began:.0f} s)")
+
+
+def _nothing_to_build() -> bool:
+    provider = lifecycle.choose_provider()
+    if provider == "local":
+        return False
+    print(f"nothing to build: {provider} provides the cluster")
+    return True
 
 
 def _running(name: str) -> lifecycle.Cluster:

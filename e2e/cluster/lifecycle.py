@@ -221,7 +221,7 @@ def start(
         raise ClusterError(f"cluster name {name!r}: at most 40 lower-case letters, digits and inner dashes")
     _stop_orphans()
     # Before the lock is taken: a build takes minutes, and `status` should not wait for it.
-    provider = _choose_provider()
+    provider = choose_provider()
     if provider == "local" and node_count:
         nodes.check_machine()
         nodes.prepare(cni, progress)
@@ -317,7 +317,12 @@ def names() -> list[str]:
     return sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.exists() else []
 
 
-def _choose_provider() -> Provider:
+def choose_provider() -> Provider:
+    """Which kind of cluster `start` makes here.
+
+    Raises:
+        ClusterError: What SVLLM_KUBECONFIG or SVLLM_CLUSTER asks for cannot be had.
+    """
     if path := os.environ.get("SVLLM_KUBECONFIG"):
         if not Path(path).is_file():
             raise ClusterError(f"SVLLM_KUBECONFIG={path}: no such file; unset it to get a cluster of your own")

@@ -1,40 +1,27 @@
-"""Fixtures of the API tests: one real control plane for the whole run, shared by all xdist workers."""
+"""Fixtures of the API tests: one real control plane for each xdist worker, which runs whole files."""
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import closing
-from pathlib import Path
 
 import pytest
 
-from e2e.cluster import Cluster, load, running, start, stop
-from e2e.cluster.paths import locked
+from e2e.cluster import Cluster, running
 from tests.api.kube import Kube
 from tests.api.lab import Lab, started
 from tests.api.operator_process import OperatorProcess, install, new_namespace
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """Run a cluster for the session. Tests take namespaces of their own, and never stop its API server."""
-    run = os.environ.get("PYTEST_XDIST_TESTRUNUID")
-    if run is None:
-        with running(progress=_tell) as own:
-            yield own
-        return
-    # 0.5 GB each: workers share one. The last that leaves stops it; if they are killed, it belongs to the controller
-    # process and the next start of any cluster removes it.
-    name, folder = f"pytest-{run[:16]}", tmp_path_factory.getbasetemp().parent
-    with locked(folder / "cluster.lock"):
-        shared = load(name) or start(name, owner=os.getppid(), progress=_tell)
-        _count(folder, +1)
-    yield shared
-    with locked(folder / "cluster.lock"):
-        if _count(folder, -1) == 0:
-            stop(name)
+def cluster() -> Iterator[Cluster]:
+    """Run a cluster for the session. Tests take namespaces of their own, and never stop its API server.
+
+    Operators see every namespace, and some tests change what is there once for a cluster: workers do not share one.
+    """
+    with running(progress=_tell) as own:
+        yield own
 
 
 @pytest.fixture(scope="session")
@@ -60,13 +47,6 @@ def namespace(kube: Kube) -> Iterator[str]:
     """Give a namespace with a fresh name."""
     with new_namespace(kube) as name:
         yield name
-
-
-def _count(folder: Path, change: int) -> int:
-    path = folder / "cluster.users"
-    users = (int(path.read_text(encoding="ascii")) if path.exists() else 0) + change
-    path.write_text(str(users), encoding="ascii")
-    return users
 
 
 def _tell(line: str) -> None:

@@ -72,6 +72,39 @@ def test_a_tier_without_a_test_fails(run: Run, text: str) -> None:
     assert (code, lines[-1]) == (1, "0 passed, 1 failed, 0 skipped")
 
 
+ONCE = """
+from pathlib import Path
+def test_a(): pass
+def test_b():
+    seen = Path(__file__).with_name("seen")
+    again = seen.exists()
+    seen.touch()
+    assert again, "the first time"
+"""
+
+
+def test_what_fails_on_a_cluster_is_tried_once_more_and_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "_start_build", lambda _what: None)
+    code, lines = run(cluster="api", api=ONCE)
+    assert (code, lines[-1]) == (0, "2 passed, 0 failed, 0 skipped")
+    assert any("SECOND TRY" in line for line in lines)
+    assert "  tests.api.test_api::test_b" in lines
+    assert any("the first time" in line for line in lines), "what it failed with is shown"
+
+
+@pytest.mark.parametrize("text", [FAILS, "".join(FAILS.replace("_a", f"_{i}") for i in range(6)) + PASSES])
+def test_the_second_try_does_not_hide_a_failure(run: Run, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setattr(runner, "_start_build", lambda _what: None)
+    code, lines = run(cluster="api", api=text)
+    assert (code, lines[-1]) == (1, f"{text.count('pass')} passed, {text.count('1 == 2')} failed, 0 skipped")
+    assert not any("SECOND TRY" in line for line in lines)
+
+
+def test_a_test_without_a_cluster_has_one_try(run: Run) -> None:
+    code, lines = run(unit=ONCE)
+    assert (code, lines[-1]) == (1, "1 passed, 1 failed, 0 skipped")
+
+
 def test_a_tier_that_hangs_is_ended_and_fails(run: Run) -> None:
     code, lines = run(seconds=3, hangs="import time\ndef test_a(): time.sleep(60)\n")
     assert (code, lines[-1]) == (1, "0 passed, 1 failed, 0 skipped")
@@ -84,7 +117,7 @@ def test_a_tier_that_hangs_is_ended_and_fails(run: Run) -> None:
 def test_a_tier_that_cannot_run_is_never_a_pass(
     run: Run, monkeypatch: pytest.MonkeyPatch, ci: str, code: int, last: str
 ) -> None:
-    def no_go() -> subprocess.Popen[bytes]:
+    def no_go(_what: str) -> subprocess.Popen[bytes]:
         with (runner.OUTPUT / "build.log").open("wb") as log:
             return subprocess.Popen(
                 ["/bin/sh", "-c", "echo error: no usable Go; exit 1"], stdout=log, start_new_session=True
@@ -103,6 +136,6 @@ def test_coverage_is_not_measured_over_half_of_the_tests(
 ) -> None:
     tiers = (runner.Tier("unit", "", workers=0, coverage=True), runner.Tier("coverage", ""))
     monkeypatch.setattr(runner, "TIERS", tiers)
-    result = runner._coverage(tiers[1], {"unit": runner.Result(passed=1, failed=1)})
+    result = runner._coverage(tiers[1], {"unit": runner.Result(passed=1, failures=["test_a"])})
     assert "did not" in result.missing
     assert (result.passed, result.failed) == (0, 0)
