@@ -21,7 +21,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from securevllm import catalogue
 from securevllm.api import types as api
 from securevllm.api.fields import Cidr, LabelKey, LabelValue, Model
-from securevllm.api.guard.pod import is_reserved
+from securevllm.api.reserved import is_reserved
 from securevllm.errors import Problem, SpecError
 
 REASON = "OutOfBounds"

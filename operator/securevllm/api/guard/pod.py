@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING
 
 from securevllm.api.guard import values
+from securevllm.api.reserved import is_reserved
 from securevllm.errors import Problem
 
 if TYPE_CHECKING:
@@ -22,14 +23,6 @@ _PLAIN_RESOURCES = frozenset({"cpu", "memory", "ephemeral-storage"})
 
 NETWORK_DEVICES = "networkDevices"
 """The risk that opens RDMA and SR-IOV devices."""
-
-RESERVED = re.compile(
-    r"([a-z0-9.-]*\.)?(securevllm\.io|kubernetes\.io|k8s\.io|istio\.io|linkerd\.io|kuma\.io|cilium\.io|openshift\.io"
-    r"|projectcalico\.org|cncf\.io|kubevirt\.io|antrea\.io|ovn\.org|multus[a-z.-]*|cri-o|containerd\.io|consul\.hashicorp\.com"
-    r"|azure\.workload\.identity|eks\.amazonaws\.com|iam\.gke\.io)/.*"  # the last three bring cloud credentials
-)
-"""Prefixes of Kubernetes, CNIs, CRIs, meshes, workload identities and of this operator."""
-_RESERVED_NAMES = frozenset({"pod-template-hash", "controller-revision-hash", "controller-uid", "job-name"})
 
 LABELS = ("kueue.x-k8s.io/queue-name", "kueue.x-k8s.io/priority-class")
 """Labels with a prefix that a user may set; the platform may name more."""
@@ -72,11 +65,6 @@ NOT_OFFERED: Mapping[str, tuple[str, str]] = {
 def is_gpu(resource: str) -> bool:
     """Whether an extended resource is a GPU that the operator knows."""
     return _GPU.fullmatch(resource) is not None
-
-
-def is_reserved(key: str) -> bool:
-    """Whether a label or annotation is read by Kubernetes, a CNI, a CRI, a mesh or this operator."""
-    return RESERVED.fullmatch(key) is not None or key in _RESERVED_NAMES
 
 
 def check_labels(labels: Iterable[str], bounds: PlatformBounds) -> Iterator[Problem]:
