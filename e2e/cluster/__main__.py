@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import os
 import shlex
 import sys
 import time
@@ -47,6 +49,10 @@ def main(arguments: list[str] | None = None) -> int:
                 default="cilium",
                 choices=("cilium", "bridge"),
                 help="network plugin: cilium enforces NetworkPolicies, bridge does not (default: %(default)s)",
+            )
+        if run in {_build, _dependencies}:
+            subparser.add_argument(
+                "--background", action="store_true", help="let everything else on the machine go first"
             )
         if run is _load_image:
             subparser.add_argument("file", nargs="+", type=Path)
@@ -101,16 +107,20 @@ def _load_image(options: argparse.Namespace) -> None:
         print(f"{file}: imported into {cluster.name}")
 
 
-def _build(_options: argparse.Namespace) -> None:
+def _build(options: argparse.Namespace) -> None:
     if _nothing_to_build():
         return
+    if options.background:
+        _step_back()
     build(CONTROL_PLANE, _say)
     print(f"built: {binaries_folder()}")
 
 
-def _dependencies(_options: argparse.Namespace) -> None:
+def _dependencies(options: argparse.Namespace) -> None:
     if _nothing_to_build():
         return
+    if options.background:
+        _step_back()
     began = time.monotonic()
     nodes.check_machine()
     find_or_build(_say)
@@ -124,6 +134,15 @@ def _nothing_to_build() -> bool:
         return False
     print(f"nothing to build: {provider} provides the cluster")
     return True
+
+
+def _step_back() -> None:
+    os.nice(10)
+    # Linux weighs sessions before processes (sched(7), autogroup): in a session of its own, nice alone changes nothing.
+    with contextlib.suppress(OSError):
+        os.setsid()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text("10", encoding="ascii")
 
 
 def _running(name: str) -> lifecycle.Cluster:
