@@ -152,9 +152,9 @@ async def _body(reader: asyncio.StreamReader, headers: dict[str, str]) -> tuple[
 
 
 @contextmanager
-def serving(*, hosts: tuple[str, ...] = ("127.0.0.1",)) -> Iterator[Engine]:
-    """An engine on a free port of each loopback address, in a thread of its own."""
-    (port,) = free_ports(1)
+def serving(*, hosts: tuple[str, ...] = ("127.0.0.1",), port: int = 0) -> Iterator[Engine]:
+    """An engine on a port of each loopback address (0: a free one), in a thread of its own."""
+    (port,) = (port,) if port else free_ports(1)
     engine = Engine(port)
     loop = asyncio.new_event_loop()
     stop = asyncio.Event()

@@ -23,9 +23,11 @@ _MORE_SECONDS = 1.0
 _PARALLEL = 24
 
 
-def connect(port: int, *, tls: bool = True, alpn: str = "http/1.1", timeout: float = 5) -> socket.socket:
-    """A connection to 127.0.0.1; the certificate is not verified."""
-    plain = socket.create_connection(("127.0.0.1", port), timeout=timeout)
+def connect(
+    port: int, *, tls: bool = True, alpn: str = "http/1.1", timeout: float = 5, host: str = "127.0.0.1"
+) -> socket.socket:
+    """A connection to this machine; the certificate is not verified."""
+    plain = socket.create_connection((host, port), timeout=timeout)
     plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     if not tls:
         return plain

@@ -22,7 +22,7 @@ import yaml
 from securevllm import explain
 from securevllm.api.parse import Accepted, parse
 from securevllm.context import Context
-from securevllm.render import Observed, Rendered, accepted, fetch, render, vllm
+from securevllm.render import Observed, Rendered, accepted, envoy, fetch, render, sidecar, vllm
 from securevllm.render.envoy import ClientKey
 from securevllm.render.meta import EPOCH_LABEL, TEMPLATE_LABEL, Object, Owner
 from securevllm.status import Facts, Fetch, Gateway, Workload, status
@@ -85,17 +85,38 @@ def _pins(owner: Owner, fresh: Rendered, changes: Mapping[str, Any]) -> dict[str
 def files(case: Case) -> dict[str, str]:
     """Relative path to text of everything that is compared."""
     made = case.rendered
+    beside = _sidecar(made)
     texts = {
-        "objects.yaml": "".join(f"---\n{_yaml(obj)}" for obj in _shown(made)),
+        "objects.yaml": "".join(f"---\n{_yaml(_without(obj, beside))}" for obj in _shown(made)),
         "explain.txt": explain.text(explain.view(case.owner, case.accepted, case.context)),
         "rendered.txt": "".join(f"{line}\n" for line in _rest(made)),
     }
-    for file, text in {**made.gateway_files, "api_keys.yaml": made.keys_file}.items():
+    for file, text in {**made.gateway_files, "api_keys.yaml": made.keys_file, envoy.SIDECAR_FILE: beside}.items():
         if text:
             texts[f"envoy/{file}"] = _yaml(json.loads(text))
     if "facts" in case.second:
         texts["status.yaml"] = _yaml(status(_facts(case), {}, NOW))
     return texts
+
+
+def _sidecar(made: Rendered) -> str:
+    """The configuration of the metrics sidecars, the same in all of them; empty: there are none."""
+    found = {
+        container["args"][1]
+        for obj in (*made.workloads, *made.withheld)
+        for container in obj["spec"]["template"]["spec"]["containers"]
+        if container["name"] == sidecar.NAME
+    }
+    return found.pop() if len(found) == 1 else ""
+
+
+def _without(value: Any, text: str) -> Any:
+    """JSON data with a long text replaced by the file that shows it."""
+    if isinstance(value, dict):
+        return {name: _without(item, text) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without(item, text) for item in value]
+    return f"(envoy/{envoy.SIDECAR_FILE})" if text and value == text else value
 
 
 def _rest(made: Rendered) -> Iterator[str]:

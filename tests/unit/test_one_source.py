@@ -22,6 +22,7 @@ OWN: dict[str, set[object]] = {
     "topology/plan.py": {8080},  # the gateway's port without TLS
     "render/engine.py": {"/health"},  # kubelet's probe
     "render/envoy.py": {"/health"},  # the gateway's health check
+    "render/sidecar.py": {"/metrics"},  # the one route that it forwards
     "proof/foreign.py": {8000},  # a port of others, to name what a policy without ports opens
 }
 """Values that are not vLLM's, or that name its health route to a probe."""

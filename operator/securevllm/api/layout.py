@@ -91,6 +91,8 @@ def _opened(spec: api.Spec) -> set[str]:
         opened.add(spec.disaggregation.connector)
     if spec.security.kv_events is not None:
         opened.add("kv-events")
+    if spec.security.metrics is not None:
+        opened.add("metrics")
     return opened
 
 
@@ -147,6 +149,7 @@ _OPENED_BY = {
     "nixl": "disaggregation.connector nixl",
     "mooncake": "disaggregation.connector mooncake",
     "kv-events": "security.kvEvents",
+    "metrics": "security.metrics",
 }
 
 

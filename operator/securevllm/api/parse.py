@@ -189,8 +189,7 @@ def _name_problems(name: str) -> Iterator[Problem]:
 
 
 def _not_supported(spec: api.Spec) -> Iterator[Problem]:
-    security, gateway = spec.security, spec.gateway
-    source = spec.model.source
+    gateway, source = spec.gateway, spec.model.source
     later: list[tuple[str, bool, str]] = [
         ("spec.model.source.image", source is not None and source.image is not None, "use persistentVolumeClaim"),
         (
@@ -201,7 +200,6 @@ def _not_supported(spec: api.Spec) -> Iterator[Problem]:
         ("spec.gateway.authentication.jwt", gateway.authentication.jwt is not None, "use apiKeys"),
         ("spec.gateway.authentication.mtls", gateway.authentication.mtls is not None, "use apiKeys"),
         ("spec.gateway.autoscaling", gateway.autoscaling is not None, "set gateway.replicas"),
-        ("spec.security.metrics", security.metrics is not None, "leave it out"),
     ]
     for field, asked, instead in later:
         if asked:
@@ -384,6 +382,23 @@ def _clients(spec: api.Spec) -> Iterator[Problem]:
     events = spec.security.kv_events
     for index, cidr in enumerate(events.from_.cidrs if events else ()):
         yield from _cidr(f"spec.security.kvEvents.from.cidrs[{index}]", cidr)
+    yield from _scrapers(spec.security.metrics)
+
+
+def _scrapers(metrics: api.Metrics | None) -> Iterator[Problem]:
+    if metrics is None:
+        return
+    field, peers = "spec.security.metrics.from", metrics.from_
+    if not peers.cidrs and peers.pod_selector is None and peers.namespace_selector is None:
+        yield Problem(
+            field,
+            "InvalidSpec",
+            "nobody is named",
+            "Write for example from: {namespaceSelector: {matchLabels: {kubernetes.io/metadata.name: monitoring}}},"
+            " or leave metrics out.",
+        )
+    for index, cidr in enumerate(peers.cidrs):
+        yield from _cidr(f"{field}.cidrs[{index}]", cidr)
 
 
 def _cidr(field: str, cidr: str) -> Iterator[Problem]:
@@ -525,11 +540,13 @@ def _risks(spec: api.Spec) -> Iterator[str]:
         yield f"vllmVersion.assume: the routes are those of {spec.vllm_version.assume}, whatever the image holds"
     if spec.security.media.allow_redirects:
         yield "security.media.allowRedirects: a redirect leads past the allowed domains"
-    yield from _client_risks(spec.gateway.clients)
+    metrics = spec.security.metrics
+    yield from _wide("gateway.clients", spec.gateway.clients, "connect")
+    yield from _wide("security.metrics.from", metrics.from_ if metrics is not None else None, "scrape")
 
 
-def _client_risks(clients: api.Peers | None) -> Iterator[str]:
-    if clients is not None and any(ipaddress.ip_network(cidr).prefixlen == 0 for cidr in clients.cidrs):
-        yield "gateway.clients.cidrs: every address may connect"
-    if clients is not None and clients.namespace_selector == LabelSelector():
-        yield "gateway.clients.namespaceSelector: pods of every namespace may connect"
+def _wide(field: str, peers: api.Peers | None, may: str) -> Iterator[str]:
+    if peers is not None and any(ipaddress.ip_network(cidr).prefixlen == 0 for cidr in peers.cidrs):
+        yield f"{field}.cidrs: every address may {may}"
+    if peers is not None and peers.namespace_selector == LabelSelector():
+        yield f"{field}.namespaceSelector: pods of every namespace may {may}"

@@ -316,6 +316,7 @@ class Ports(Model):
         None, description="KV event publisher, default 5557; data-parallel rank n has port + n."
     )
     barrier: Port | None = Field(None, description="Where the gates of a group's pods meet, default 29499.")
+    metrics: Port | None = Field(None, description="Where security.metrics.from may scrape an engine, default 9464.")
 
     def number(self, name: str) -> int | None:
         """The port that the spec gives, by its name in YAML; None: the default.
@@ -692,9 +693,19 @@ class EgressRule(Model):
 
 
 class Metrics(Model):
-    """Who may scrape the engines' metrics."""
+    """Who may scrape the engines' metrics, through a sidecar that knows one route: GET /metrics."""
 
-    from_: Annotated[Peers, Field(alias="from", description="Who may scrape.")]
+    model_config = ConfigDict(
+        json_schema_extra=rules(
+            rule(
+                "has(self.from.podSelector) || has(self.from.namespaceSelector)"
+                " || (has(self.from.cidrs) && size(self.from.cidrs) > 0)",
+                "security.metrics.from names nobody: write podSelector, namespaceSelector or cidrs",
+            )
+        )
+    )
+
+    from_: Annotated[Peers, Field(alias="from", description="Who may scrape, for example the pods of Prometheus.")]
 
 
 class KvEvents(Model):
@@ -748,7 +759,7 @@ class Security(Model):
         (), description="What engines may reach beside DNS. Empty: nothing."
     )
     metrics: Metrics | None = Field(
-        None, description="Who may scrape the engines' metrics. Absent: nobody. Not supported yet."
+        None, description="Who may scrape the engines' metrics. Absent: nobody, and engine pods have no sidecar for it."
     )
     kv_events: KvEvents | None = Field(
         None, description="Who may read the engines' KV events. Absent: none are published."

@@ -31,6 +31,7 @@ _OUTSIDE = {
     Outside.HUB.value: "any public address",
     Outside.DECLARED.value: "spec.security.egress",
     Outside.READERS.value: "spec.security.kvEvents",
+    Outside.MONITORING.value: "spec.security.metrics",
 }
 _COLUMNS = (
     ((Role.GATEWAY,),),

@@ -324,7 +324,8 @@ def _summary(
     reached = dict.fromkeys(
         f"{told(flow.peers, counted=True)} at {port_list(flow.ports)}" for flow in flows if _is_declared(flow)
     )
-    readers = dict.fromkeys(peer for flow in flows if flow.source == Outside.READERS for peer in flow.peers)
+    readers = _outsiders(flows, Outside.READERS)
+    scrapers = _outsiders(flows, Outside.MONITORING)
     if authentication.none is not None:
         key = "no key is asked for"
     elif authentication.api_keys is not None:
@@ -355,6 +356,7 @@ def _summary(
             else []
         ),
         *([Fact("Who reads KV events", told(readers, counted=True), open=True)] if readers else []),
+        *([Fact("Who scrapes metrics", told(scrapers, counted=True), open=True)] if scrapers else []),
         Fact("What an engine may reach", "; ".join(["DNS", *reached]) + "; nothing else", bool(reached)),
         Fact("What other pods may reach", "; ".join(["DNS", *beside]) + "; nothing else"),
         Fact(
@@ -363,6 +365,11 @@ def _summary(
             bool(risks),
         ),
     )
+
+
+def _outsiders(flows: Iterable[Flow], kind: Outside) -> list[Peer]:
+    """Who of a kind opens connections, each once."""
+    return list(dict.fromkeys(peer for flow in flows if flow.source == kind for peer in flow.peers))
 
 
 def count(number: int, noun: str) -> str:

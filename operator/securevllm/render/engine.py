@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from securevllm.api.units import seconds
-from securevllm.render import fetch, gate, pods, vllm
+from securevllm.render import fetch, gate, pods, sidecar, vllm
 from securevllm.render.meta import (
     ENGINE_KEY_ANNOTATION,
     EPOCH_LABEL,
@@ -250,10 +250,12 @@ def template(process: Process, started_with: StartedWith) -> Object:
     held_back = gate.init_containers(
         spec, process.topology, process.role, process.context, image=spec.image, barrier=_barrier(process)
     )
+    beside = (owner, process.topology, process.role, process.context)
+    scraped = [sidecar.container(*beside)] if sidecar.has(process.topology, process.role) else []
     pod: dict[str, Any] = {
         "terminationGracePeriodSeconds": grace,
         **({"initContainers": held_back} if held_back else {}),
-        "containers": [container],
+        "containers": [container, *scraped],
         "volumes": [
             pods.empty_dir("home"),
             pods.empty_dir("tmp"),
@@ -362,6 +364,8 @@ def inputs(raw: Mapping[str, Any], side: Side, started_with: StartedWith, gates:
         "spec": {name: raw[name] for name in chosen if name in raw},
         "media": security.get("media", {}),
         **({"proxy": proxies} if proxies else {}),
+        # Who may scrape is a matter of policies; whether anybody may is one of the pods.
+        **({"metrics": True} if "metrics" in security else {}),
         "restartAt": started_with.restart_at,
         "engineKey": started_with.key,
         **gates,

@@ -40,6 +40,7 @@ key, ``tls`` a kubernetes.io/tls Secret.
 
 API_KEYS_FILE = "api_keys.yaml"
 BOOTSTRAP_FILE = "bootstrap.yaml"
+SIDECAR_FILE = "sidecar.yaml"
 XDS_FILES = ("lds.yaml", "rds.yaml", "rbac.yaml", "cds.yaml", "sds.yaml", "engine_key_sds.yaml")
 
 CLIENT_HEADER = "x-gateway-client"
@@ -92,7 +93,7 @@ STRIPPED_HEADERS = (
     "te",
 )
 STRIPPED_PREFIXES = ("x-envoy-", "x-vllm-", "x-amzn-sagemaker-")
-_WEBSOCKET_PREFIX = "sec-websocket-"
+WEBSOCKET_PREFIX = "sec-websocket-"
 
 READY_PATH = "/ready"
 METRICS_PATH = "/stats/prometheus"
@@ -304,7 +305,8 @@ _ENVIRONMENT = Environment(
     trim_blocks=True,
     lstrip_blocks=True,
 )
-_TEMPLATES = {name: _ENVIRONMENT.get_template(f"{name}.j2") for name in (BOOTSTRAP_FILE, *XDS_FILES, API_KEYS_FILE)}
+_TEMPLATE_NAMES = (BOOTSTRAP_FILE, *XDS_FILES, API_KEYS_FILE, SIDECAR_FILE)
+_TEMPLATES = {name: _ENVIRONMENT.get_template(f"{name}.j2") for name in _TEMPLATE_NAMES}
 
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -316,7 +318,12 @@ def _duration(seconds: float) -> str:
     return f"{seconds:g}s"
 
 
-def _parsed(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+def filled(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """A template filled in, and read back as YAML.
+
+    Raises:
+        InternalError: it is not a mapping.
+    """
     content = yaml.load(
         _TEMPLATES[name].render(names=_NAMES, files=_FILES, directories=DIRECTORIES, duration=_duration, **values),
         Loader=_LOADER,  # noqa: S506 - a safe one
@@ -358,10 +365,10 @@ def envoy_files(model: GatewayModel) -> Mapping[str, str]:
         "ready_path": READY_PATH,
         "admin_paths": ADMIN_PATHS,
         "stripped_headers": STRIPPED_HEADERS,
-        "stripped_prefixes": STRIPPED_PREFIXES if websocket else (*STRIPPED_PREFIXES, _WEBSOCKET_PREFIX),
+        "stripped_prefixes": STRIPPED_PREFIXES if websocket else (*STRIPPED_PREFIXES, WEBSOCKET_PREFIX),
     }
     names = (BOOTSTRAP_FILE, *(name for name in XDS_FILES if model.tls or name != "sds.yaml"))
-    parsed = {name: _parsed(name, values) for name in names}
+    parsed = {name: filled(name, values) for name in names}
     wanted = frozenset(
         envoy_check.Entry(route.http_method, "" if route.regex else route.path, route.regex, route.websocket)
         for route in model.routes
@@ -395,7 +402,7 @@ def api_keys_file(keys: Sequence[ClientKey], salt: bytes = b"") -> str:
         if owners.setdefault(key, client) != client:
             raise InternalError(f"clients {owners[key]!r} and {client!r} have the same key")
     credentials = [{"key": key, "client": client} for client, key in unique]
-    content = _parsed(API_KEYS_FILE, {"credentials": credentials})
+    content = filled(API_KEYS_FILE, {"credentials": credentials})
     if content["resources"][0]["typed_config"]["credentials"] != credentials:
         raise InternalError(f"{API_KEYS_FILE}: the parsed credentials are not those that were given")
     return _text(content, salt)

@@ -50,6 +50,7 @@ class Outside(StrEnum):
     HUB = "hub"
     DECLARED = "declared"
     READERS = "readers"
+    MONITORING = "monitoring"
 
 
 @dataclass(frozen=True)

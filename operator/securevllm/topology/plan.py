@@ -86,6 +86,7 @@ def _side(spec: api.Spec, role: Role, letter: str, replicas: int, parallelism: a
         "data": formed.pods > 1 and data,
         "group": formed.pods > 1,
         "kv-events": spec.security.kv_events is not None,
+        "metrics": spec.security.metrics is not None,
         connector or "": connector is not None,
     }
     whens = frozenset(name for name, holds in found.items() if holds)
@@ -195,7 +196,12 @@ _PURPOSES = {
     "kv-events": "KV events: which token blocks are cached",
     "mooncake-bootstrap": "Mooncake's bootstrap server",
     "barrier": "the gates of a group meet before its engines start; closed afterwards",
+    "metrics": "GET /metrics of the engine beside it, and nothing else",
 }
+
+
+_HTTP = frozenset({"api", "metrics"})
+"""Sockets of pods with an HTTP server: a headless one has nothing to scrape, its head counts for it."""
 
 
 def _vllm_sockets(spec: api.Spec, side: Side) -> Iterator[Socket]:
@@ -213,7 +219,7 @@ def _vllm_sockets(spec: api.Spec, side: Side) -> Iterator[Socket]:
         purpose = _PURPOSES.get(row.name, f"{row.name} ({row.speaks})")
         everywhere = row.on == "every" or (row.on == "scheduler" and side.data)
         for role in roles if everywhere else roles[:1]:
-            if row.name == "api" and role.headless:
+            if row.name in _HTTP and role.headless:
                 continue
             yield Socket(role, row.name, port, row.protocol, purpose, row.knob, last)
 
@@ -239,6 +245,12 @@ def _declared(spec: api.Spec, roles: list[Role], sockets: list[Socket], context:
         readers = peers_of(events.from_, outside_part, context)
         yield from (
             Inbound(Outside.READERS, readers, socket, events.why) for socket in sockets if socket.name == "kv-events"
+        )
+    metrics = spec.security.metrics
+    if metrics is not None:
+        scrapers, why = peers_of(metrics.from_, outside_part, context), "scrapes the engines' metrics"
+        yield from (
+            Inbound(Outside.MONITORING, scrapers, socket, why) for socket in sockets if socket.name == "metrics"
         )
 
 
