@@ -65,6 +65,11 @@ def peers(cidrs: tuple[str, ...], *, least: int = 0) -> st.SearchStrategy[JsonMa
     return optional(cidrs=addresses, **parts)
 
 
+def somebody() -> st.SearchStrategy[JsonMap]:
+    """Peers with at least one part that names somebody."""
+    return peers(CIDRS).filter(lambda to: bool(to.get("cidrs") or len(to.keys() - {"cidrs"})))
+
+
 def egress_rules() -> st.SearchStrategy[JsonMap]:
     """One declared egress."""
     ports = st.fixed_dictionaries(
@@ -72,7 +77,7 @@ def egress_rules() -> st.SearchStrategy[JsonMap]:
     )
     return st.fixed_dictionaries(
         {
-            "to": peers(CIDRS).filter(lambda to: bool(to.get("cidrs") or len(to.keys() - {"cidrs"}))),
+            "to": somebody(),
             "ports": st.lists(ports, min_size=1, max_size=3),
             "why": WHY,
         }
@@ -192,7 +197,13 @@ def engines() -> st.SearchStrategy[JsonMap]:
     ).map(lambda engine: engine | {"volumes": [FILES]})
 
 
-MOVED = {"nodes": "torchDistributed", "data": "dataParallelRpc", "nixl": "nixlSideChannel", "kv-events": "kvEvents"}
+MOVED = {
+    "nodes": "torchDistributed",
+    "data": "dataParallelRpc",
+    "nixl": "nixlSideChannel",
+    "kv-events": "kvEvents",
+    "metrics": "metrics",
+}
 
 
 @st.composite
@@ -239,6 +250,9 @@ def topologies(draw: st.DrawFn) -> JsonMap:
         readers = draw(peers(CIDRS))
         found["security"] = {"kvEvents": {"from": readers, "why": draw(WHY)}}
         opened.add("kv-events")
+    if draw(st.booleans()):
+        found["security"] = {**found.get("security", {}), "metrics": {"from": draw(somebody())}}
+        opened.add("metrics")
     moved = draw(st.sets(st.sampled_from(sorted(opened)))) if opened else set()
     found["ports"] = {MOVED[when]: 20000 + 100 * number for number, when in enumerate(sorted(moved)) if when in MOVED}
     if draw(st.booleans()):

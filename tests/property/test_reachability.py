@@ -16,9 +16,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from securevllm.context import Context  # noqa: TC001 - hypothesis looks at the annotations of a test
-from tests.netpol import CALICO, CILIUM, Engine
+from tests.netpol import CALICO, CILIUM, Engine, Evaluator, Pod
 from tests.property import strategies
-from tests.property.world import CONTEXT, PUBLIC_CONTEXT, World, differences, rendered, world
+from tests.property.world import CONTEXT, NAMESPACES, PUBLIC_CONTEXT, World, differences, rendered, world
 
 SMALL = {"model": {"name": "/models/other"}, "image": "vllm/vllm-openai:v0.33.0"}
 
@@ -89,7 +89,20 @@ SPLIT: dict[str, Any] = {
         "decode": {"replicas": 2},
     },
 }
-MUTATED = {"one pod": RICH, "nodes": NODES, "hybrid": HYBRID, "prefill and decode": SPLIT}
+SCRAPED: dict[str, Any] = {
+    **NODES,
+    "security": {
+        **NODES["security"],
+        "metrics": {
+            "from": {
+                "namespaceSelector": {"matchLabels": {"team": "blue"}},
+                "podSelector": {"matchLabels": {"app": "web"}},
+                "cidrs": ["192.0.2.0/25"],
+            }
+        }
+    },
+}
+MUTATED = {"one pod": RICH, "nodes": NODES, "hybrid": HYBRID, "prefill and decode": SPLIT, "metrics": SCRAPED}
 Mutant = tuple[str, list[dict[str, Any]]]
 
 
@@ -203,3 +216,19 @@ def test_every_mistake_is_noticed(rich: World) -> None:
     table = list(mutants(first))
     assert len(table) > 100
     assert [told for told, made in table if not _noticed(replace(rich, policies=(*made, *others)))] == []
+
+
+def test_scrapers_reach_the_metrics_of_heads_and_nothing_else() -> None:
+    """Said in numbers, besides the comparison with the flows, which would follow a mistake in the plan."""
+    made = make("llama", SCRAPED, CONTEXT)
+    evaluator = Evaluator(made.policies, made.pods(), NAMESPACES, engine=CALICO)
+    pods = [item for item in made.outsiders if isinstance(item, Pod)]
+    scraper = next(pod for pod in pods if pod.namespace == "other" and pod.labels.get("app") == "web")
+    mine = [one for one in made.members if one.topology and (one.owner.name, one.owner.namespace) == ("llama", "apps")]
+    opened = {(one.role.value, evaluator.open_ports(scraper, one.pod, "TCP")) for one in mine}
+    assert opened == {("gateway", ()), ("engine", ((9464, 9464),)), ("engine-worker", ())}
+    for pod in pods:
+        for one in mine:
+            assert evaluator.open_ports(pod, one.pod, "UDP") == ()
+            if pod is not scraper and one.role.value == "engine":
+                assert evaluator.open_ports(pod, one.pod, "TCP") == ()

@@ -97,7 +97,7 @@ def test_who_may_scrape_is_no_matter_of_pods_but_that_somebody_may_is() -> None:
         return dict(kept.pins)
 
     before = made(**METRICS)
-    other = {"security": {"metrics": {"from": {"podSelector": {}}}}}
+    other: dict[str, Any] = {"security": {"metrics": {"from": {"podSelector": {}}}}}
     engines = [pods(found)["llama-engine"] for found in (before, made(pins(before), **other))]
     assert engines[0] == engines[1]
     assert [obj for obj in before.isolation if obj not in made(pins(before), **other).isolation] != []
