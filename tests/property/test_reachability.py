@@ -99,7 +99,7 @@ SCRAPED: dict[str, Any] = {
                 "podSelector": {"matchLabels": {"app": "web"}},
                 "cidrs": ["192.0.2.0/25"],
             }
-        }
+        },
     },
 }
 MUTATED = {"one pod": RICH, "nodes": NODES, "hybrid": HYBRID, "prefill and decode": SPLIT, "metrics": SCRAPED}
