@@ -457,6 +457,104 @@ def _one_line(words: str) -> str:
     return "".join(char if char.isprintable() else " " for char in words)
 
 
+@main.command()
+@click.argument("names", metavar="[NAME]...", nargs=-1)
+@click.option("-n", "--namespace", default="default", show_default=True, help="Of the resources.")
+@click.option("-A", "--all-namespaces", is_flag=True, help="All resources of the cluster.")
+@click.option("--all", "every", is_flag=True, help="All resources of the namespace.")
+@click.option("--status", is_flag=True, help="Show what the operator measured; makes no pods, and needs no right to.")
+@click.option(
+    "--from",
+    "vantages",
+    multiple=True,
+    metavar="NAMESPACE",
+    help="Also try from a canary pod of this namespace; repeatable.",
+)
+@click.option(
+    "--wait",
+    default=0.0,
+    type=click.FloatRange(0, 86400),
+    metavar="SECONDS",
+    help="Wait so long for a Ready engine; with --status, for a verdict of the operator.",
+)
+@click.option(
+    "--image", envvar="SECUREVLLM_OPERATOR_IMAGE", help="Of the canary pods.  [default: what the engines' gates run]"
+)
+@click.option(
+    "--kubeconfig",
+    envvar="KUBECONFIG",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="How to log in.  [default: ~/.kube/config; in a pod its service account]",
+)
+@click.option("--context", help="Context of the kubeconfig.  [default: its current one]")
+@click.option(
+    "-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="Format."
+)
+def probe(  # noqa: PLR0917 - click gives one argument per option
+    names: tuple[str, ...],
+    namespace: str,
+    all_namespaces: bool,
+    every: bool,
+    status: bool,
+    vantages: tuple[str, ...],
+    wait: float,
+    image: str | None,
+    kubeconfig: Path | None,
+    context: str | None,
+    output: str,
+) -> None:
+    """Measure from here whether the engines of a resource can be reached past its gateway.
+
+    \b
+        securevllm probe llama -n llm
+        securevllm probe llama -n llm --from default --from team-b
+        securevllm probe --all-namespaces --status -o json | jq 'select(.isolated != "True")'
+    It starts short-lived pods, as the operator itself does: a listener on every node of the engines, and pods that try,
+    in the resource's namespace and in those of --from. This machine tries too, where it is on the pod network. Every
+    named port of every Ready engine and router is connected to; nothing is sent. What does not answer counts as blocked
+    only when a listener on the same node and port did. The pods are removed at the end, also on Ctrl-C.
+    \b
+    Rights: get the resource; create, list and delete pods in its namespace and in those of --from.
+    Exit codes: 0 all isolated, 1 something can be reached, 2 could not be measured, or wrong usage.
+    """  # noqa: D301 - click wants the character
+    from securevllm import probe as edge  # noqa: PLC0415 - see the module's docstring
+    from securevllm.live import user_login  # noqa: PLC0415 - see the module's docstring
+
+    if bool(names) + every + all_namespaces != 1:
+        _wrong("probe takes names of resources (-n NAMESPACE), or --all of a namespace, or --all-namespaces")
+    if status and vantages:
+        _wrong("--from measures, and --status only tells what the operator measured: leave one of them out")
+    wanted = edge.Wanted(None if all_namespaces else namespace, names, vantages, image, wait, status)
+    try:
+        found = edge.run(user_login(kubeconfig, context), wanted, lambda line: click.echo(line, err=True))
+    except KeyboardInterrupt:
+        click.echo("securevllm: interrupted; the canary pods are removed", err=True)
+        sys.exit(_INTERRUPTED)
+    except OperatorError as error:
+        _wrong(str(error))
+    _print_reports(found, output)
+    if not found:
+        where = "in the cluster" if all_namespaces else f"in namespace {namespace}"
+        click.echo(f"securevllm: there is no SecureVLLMDeployment {where}: nothing to measure", err=True)
+    sys.exit(edge.exit_code(found))
+
+
+_INTERRUPTED = 130
+
+
+def _print_reports(found: Sequence[Any], output: str) -> None:
+    from securevllm.proof import report as forms  # noqa: PLC0415 - see the module's docstring
+
+    for item in found:
+        if output == "json":
+            click.echo(json.dumps(forms.as_dict(item)))
+            continue
+        if item.rows:
+            _table(list(forms.HEAD), forms.table(item), output)
+        for line in forms.verdict(item):
+            click.echo(line)
+
+
 def _judged(
     stream: TextIO, namespace: str, uid: str, bounds: Any, context: Any
 ) -> tuple[list[tuple[Any, Any, dict[str, Any]]], bool]:

@@ -158,10 +158,12 @@ class Login:
         kubeconfig: a file; None for the pod's own service account. ``$KUBECONFIG`` and ``~/.kube/config`` are never
             read: an operator must not act on whatever cluster a shell happens to point at.
         service_account: folder with ``token`` and ``ca.crt``, as kubelet mounts it.
+        context: of the kubeconfig; None: its current one.
     """
 
     kubeconfig: Path | None = None
     service_account: Path = SERVICE_ACCOUNT
+    context: str | None = None
 
     async def load(self) -> Configuration:
         """Read everything afresh: a bound token is replaced on disk long before it expires.
@@ -177,7 +179,10 @@ class Login:
                 ).load_and_set(configuration)
             else:
                 await load_kube_config(  # type: ignore[no-untyped-call]
-                    config_file=str(self.kubeconfig), client_configuration=configuration, persist_config=False
+                    config_file=str(self.kubeconfig),
+                    context=self.context,
+                    client_configuration=configuration,
+                    persist_config=False,
                 )
         except Exception as error:  # noqa: BLE001 - translated, never swallowed
             # The loader lets pass whatever a malformed file makes it raise, and a YAML error may quote a token.

@@ -55,10 +55,20 @@ def snapshot(namespace: str, kubeconfig: Path | None) -> list[Document | Wrong]:
     Raises:
         OperatorError: the login cannot be read, or nothing answers.
     """
+    return asyncio.run(_snapshot(namespace, user_login(kubeconfig)))
+
+
+def user_login(kubeconfig: Path | None, context: str | None = None) -> Login:
+    """How a person's command logs in.
+
+    Args:
+        kubeconfig: None: ``~/.kube/config``, or the pod's service account where that is not there.
+        context: of the kubeconfig; None: its current one.
+    """
     if kubeconfig is None:
         default = Path.home() / ".kube" / "config"
         kubeconfig = default if default.is_file() else None
-    return asyncio.run(_snapshot(namespace, Login(kubeconfig)))
+    return Login(kubeconfig, context=context)
 
 
 async def _snapshot(namespace: str, login: Login) -> list[Document | Wrong]:

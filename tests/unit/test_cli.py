@@ -15,6 +15,8 @@ from click.testing import CliRunner, Result
 
 from securevllm import __version__, catalogue
 from securevllm.cli import main
+from securevllm.proof.report import Report, Row
+from securevllm.proof.verdict import Proof
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -257,3 +259,78 @@ def test_a_port_in_use_is_named_with_the_way_out(tmp_path: Path) -> None:
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
     assert "--http-port" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_probe_teaches_its_vantage_points_rights_and_exit_codes() -> None:
+    told = run("probe", "--help").stdout
+    for part in ("securevllm probe llama -n llm --from default", "Rights: get", "1 something can be reached", "Ctrl-C"):
+        assert part in told
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ([], "names of resources"),
+        (["llama", "--all"], "names of resources"),
+        (["--all", "--all-namespaces"], "names of resources"),
+        (["llama", "--status", "--from", "other"], "leave one of them out"),
+        (["llama", "--wait", "-1"], "--wait"),
+        (["llama", "--kubeconfig", "/nowhere"], "--kubeconfig"),
+        (["llama", "--kubeconfig", str(SAMPLE)], "cannot be used"),
+    ],
+)
+def test_probe_says_what_is_wrong_with_its_usage(arguments: Sequence[str], told: str) -> None:
+    result = run("probe", *arguments)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert told in result.stderr
+
+
+def told_by(monkeypatch: pytest.MonkeyPatch, reports: Sequence[Report] | BaseException) -> None:
+    def instead(*_: object) -> Sequence[Report]:
+        if isinstance(reports, BaseException):
+            raise reports
+        return reports
+
+    monkeypatch.setattr("securevllm.probe.run", instead)
+
+
+ROW = Row("this machine", "llama-engine-0", "n1", 8000, "api", "vLLM's HTTP API", "open", "the handshake was completed")
+REPORTS = [
+    Report("llm", "llama", Proof("False", "EngineReachable", "Told.", "2026-01-01T00:00:00Z"), (ROW,), ("A note.",)),
+    Report("llm", "qwen", Proof("Unknown", "CannotMeasure", "Not told.")),
+]
+
+
+def test_probe_prints_a_row_for_each_attempt_and_the_verdict(monkeypatch: pytest.MonkeyPatch) -> None:
+    told_by(monkeypatch, REPORTS)
+    result = run("probe", "--all", "-n", "llm")
+    assert result.exit_code == 1
+    assert result.stdout.splitlines() == [
+        "FROM          TARGET          NODE  PORT  WHAT LISTENS     RESULT  HOW IT ENDED",
+        "this machine  llama-engine-0  n1    8000  vLLM's HTTP API  open    the handshake was completed",
+        "llm/llama: NOT ISOLATED (EngineReachable, measured at 2026-01-01T00:00:00Z)",
+        "  Told.",
+        "  A note.",
+        "  See docs/status.md#enginereachable",
+        "llm/qwen: NOT MEASURED (CannotMeasure)",
+        "  Not told.",
+    ]
+
+
+def test_probe_prints_json_for_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    told_by(monkeypatch, REPORTS)
+    lines = [json.loads(line) for line in run("probe", "--all", "-o", "json").stdout.splitlines()]
+    assert [(line["name"], line["isolated"], line["measuredAt"]) for line in lines] == [
+        ("llama", "False", "2026-01-01T00:00:00Z"),
+        ("qwen", "Unknown", None),
+    ]
+    assert lines[0]["attempts"][0]["from"] == "this machine"
+
+
+def test_probe_of_nothing_says_so_and_an_interrupt_has_its_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    told_by(monkeypatch, [])
+    result = run("probe", "--all-namespaces")
+    assert (result.exit_code, "no SecureVLLMDeployment in the cluster" in result.stderr) == (0, True)
+    told_by(monkeypatch, KeyboardInterrupt())
+    result = run("probe", "llama")
+    assert (result.exit_code, "the canary pods are removed" in result.stderr) == (130, True)

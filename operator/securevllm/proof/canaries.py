@@ -23,12 +23,11 @@ from securevllm.render import canary
 from securevllm.status.facts import trouble
 
 if TYPE_CHECKING:
-    from securevllm.api import types as api
     from securevllm.api.kinds import KubeObject
     from securevllm.children import Cache
     from securevllm.cluster import Kubernetes
-    from securevllm.context import Context
-    from securevllm.render.meta import Object, Owner
+    from securevllm.render.canary import Maker
+    from securevllm.render.meta import Object
 
 log = structlog.stdlib.get_logger(__name__)
 
@@ -54,25 +53,31 @@ class Refused:
 
 
 class Canaries:
-    """Makes and removes the canary pods of one measurement; an asynchronous context manager."""
+    """Makes and removes the canary pods of one measurement; an asynchronous context manager.
 
-    def __init__(self, kubernetes: Kubernetes, cache: Cache, owner: Owner, spec: api.Spec, context: Context) -> None:
-        self._kubernetes, self._cache = kubernetes, cache
-        self._owner, self._spec, self._context = owner, spec, context
+    Args:
+        kubernetes: the API.
+        cache: knows the pods that are made, while they are there.
+        maker: for what and where they are made.
+        left: which pods are left over from an earlier measurement, and are removed first.
+    """
+
+    def __init__(self, kubernetes: Kubernetes, cache: Cache, maker: Maker, left: Callable[[KubeObject], bool]) -> None:
+        self._kubernetes, self._cache, self._maker, self._left = kubernetes, cache, maker, left
         self._made: dict[str, str] = {}
+        self._creating: set[asyncio.Task[KubeObject]] = set()
 
     async def __aenter__(self) -> Self:
         await self._remove(
             (pod["metadata"]["name"], pod["metadata"]["uid"])
-            for pod in self._cache.all(POD, self._owner.namespace)
-            if canary.is_canary(pod)
-            and any(ref["uid"] == self._owner.uid for ref in pod["metadata"].get("ownerReferences", ()))
+            for pod in self._cache.all(POD, self._maker.namespace)
+            if canary.is_canary(pod, self._maker.manager) and self._left(pod)
         )
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        # Shielded: a stop of the operator must not leave pods behind.
-        await asyncio.shield(self._remove(self._made.items()))
+        # Shielded: a stop, or Ctrl-C, must not leave pods behind.
+        await asyncio.shield(self._end())
 
     async def listeners(self, ports: Mapping[str, tuple[int, ...]]) -> tuple[list[Listener], list[str]]:
         """A listener on each node.
@@ -87,7 +92,7 @@ class Canaries:
         return [item for item in found if isinstance(item, Listener)], _unique(found)
 
     async def _listener(self, node: str, ports: tuple[int, ...]) -> Listener | Refused:
-        pod = canary.listener(self._owner, self._spec, self._context, self._name(), node=node, ports=ports)
+        pod = canary.listener(self._maker, self._name(), node=node, ports=ports)
         live = await self._run(pod, is_ready, _START_SECONDS)
         if isinstance(live, Refused):
             return live
@@ -95,7 +100,7 @@ class Canaries:
 
     async def probe(self, targets: Sequence[Target]) -> dict[str, Reach] | Refused:
         """What a prober in the namespace reaches, by the targets' keys."""
-        pod = canary.prober(self._owner, self._spec, self._context, self._name(), targets=tuple(targets))
+        pod = canary.prober(self._maker, self._name(), targets=tuple(targets))
         live = await self._run(pod, _ended, _PROBE_SECONDS)
         if isinstance(live, Refused):
             return live
@@ -106,17 +111,19 @@ class Canaries:
             return Refused(f"the canary pod ended without an answer (exit code {ended.get('exitCode')}).")
 
     def _name(self) -> str:
-        return f"{self._owner.name}-canary-{secrets.token_hex(4)}"
+        return f"{self._maker.owner.name}-canary-{secrets.token_hex(4)}"
 
     async def _run(self, pod: Object, there: Callable[[KubeObject], bool], seconds: float) -> KubeObject | Refused:
         """Create a pod and wait for it."""
         ref = Ref.of(pod)
+        creating = asyncio.create_task(self._create(pod))
+        self._creating.add(creating)
+        creating.add_done_callback(self._creating.discard)
         try:
-            made = await self._kubernetes.create(pod)
+            # Shielded: a request that is on its way makes a pod, also when nobody waits for the answer any more.
+            made = await asyncio.shield(creating)
         except ApiError as error:
             return Refused(f"canary pods cannot be made: {error}.")
-        self._made[ref.name] = made["metadata"]["uid"]
-        self._cache.put(made)
         try:
             async with asyncio.timeout(seconds):
                 while True:
@@ -132,11 +139,21 @@ class Canaries:
             why = trouble([self._cache.get(ref) or made]).removeprefix(f"{ref.name}: ")
             return Refused(f"a canary pod did not get ready within {seconds:.0f} s{f' ({why})' if why else ''}.")
 
+    async def _create(self, pod: Object) -> KubeObject:
+        made = await self._kubernetes.create(pod)
+        self._made[made["metadata"]["name"]] = made["metadata"]["uid"]
+        self._cache.put(made)
+        return made
+
+    async def _end(self) -> None:
+        await asyncio.gather(*self._creating, return_exceptions=True)
+        await self._remove(self._made.items())
+
     async def _remove(self, pods: Iterable[tuple[str, str]]) -> None:
         await asyncio.gather(*(self._delete(name, uid) for name, uid in [*pods]))
 
     async def _delete(self, name: str, uid: str) -> None:
-        ref = Ref(POD, self._owner.namespace, name)
+        ref = Ref(POD, self._maker.namespace, name)
         try:
             await self._kubernetes.delete(ref, uid=uid)
         except ApiError as error:

@@ -25,12 +25,13 @@ from securevllm.api.kinds import Ref
 from securevllm.errors import ApiError, LeadershipLost
 from securevllm.gateways import Pod
 from securevllm.proof.asking import Asking, Asks, unanswered
-from securevllm.proof.canaries import Canaries, Refused
+from securevllm.proof.canaries import Canaries
 from securevllm.proof.dial import dial as connect_and_reset
 from securevllm.proof.foreign import holding
+from securevllm.proof.measure import Answers, Point, beside_listeners, canary_point, sampled
 from securevllm.proof.targets import LIMITS, Endpoint, Request, endpoints, is_ready, one_per_group
 from securevllm.proof.verdict import Control, Proof, Question, Round, Sample, Vantage, judge
-from securevllm.proof.wire import BLOCKED, Reach, Target
+from securevllm.proof.wire import Reach, Target
 from securevllm.render import canary
 from securevllm.render.meta import RESOURCE_LABEL
 from securevllm.topology import Role
@@ -343,43 +344,28 @@ class Prober:
             return replace(seen, lacking=(subject.canaries,))
         nodes = _rotated(sorted({endpoint.node for endpoint in found}), number * _NODES, _NODES)
         here = [endpoint for endpoint in found if endpoint.node in nodes]
-        ports = {node: tuple(sorted({item.port for item in here if item.node == node})) for node in nodes}
+        owner = subject.owner
+        maker = canary.Maker(owner, subject.spec, self._context.operator_image, owner.namespace)
+
+        async def dialled(targets: Sequence[Target], beside: Sequence[Target]) -> Answers:
+            # In this order and close together: the controls stand for the moment of the samples.
+            answers = await self._twice(targets)
+            reached = await asyncio.gather(*(self._dial(target.address, target.port) for target in beside))
+            return answers | {target.key: reach for target, reach in zip(beside, reached, strict=True)}
+
+        async def steady(tried: Iterable[tuple[Endpoint, Reach]], vantage: str) -> tuple[Sample, ...]:
+            return self._steady(subject, vantage, tried)
+
         async with (
             self._canary_slots,
-            Canaries(self._kubernetes, self._cache, subject.owner, subject.spec, self._context) as canaries,
+            Canaries(self._kubernetes, self._cache, maker, lambda pod: _owned(pod, owner)) as canaries,
         ):
-            listeners, lacking = await canaries.listeners(ports)
-            places = {f"c{n}.{port}": (item, port) for n, item in enumerate(listeners) for port in ports[item.node]}
-            controls = [Target(key, item.address, port) for key, (item, port) in places.items()]
-            measured = [endpoint for endpoint in here if endpoint.node in {item.node for item in listeners}]
-            # In this order and close together: the controls stand for the moment of the samples.
-            from_operator = await self._samples(subject, measured)
-            reached = await asyncio.gather(*(self._dial(target.address, target.port) for target in controls))
-            control_samples = [
-                Control(Vantage.OPERATOR, places[target.key][0].node, target.port, reach)
-                for target, reach in zip(controls, reached, strict=True)
-            ]
-            keyed = {f"e{n}": endpoint for n, endpoint in enumerate(measured)}
-            answers: dict[str, Reach] | Refused = {}
-            if measured:
-                targets = [Target(key, item.address, item.port) for key, item in keyed.items()]
-                answers = await canaries.probe([*targets, *controls])
-            if isinstance(answers, Refused):
-                lacking = [*lacking, f"{answers.why[0].upper()}{answers.why[1:]}"]
-                answers = {}
-            from_canary = self._steady(
-                subject, Vantage.CANARY, [(item, answers[key]) for key, item in keyed.items() if key in answers]
-            )
-            control_samples += [
-                Control(Vantage.CANARY, place.node, port, answers[key])
-                for key, (place, port) in places.items()
-                if key in answers
-            ]
+            points = [Point(Vantage.OPERATOR, dialled), canary_point(Vantage.CANARY, canaries)]
+            measured = await beside_listeners(canaries, here, points, steady)
         return replace(
-            seen,
-            samples=(*from_operator, *from_canary),
-            controls=tuple(control_samples),
-            lacking=(*lacking, *self._holding(subject.owner, control_samples)),
+            measured,
+            questions=questions,
+            lacking=(*measured.lacking, *self._holding(owner, measured.controls)),
         )
 
     def _holding(self, owner: Owner, controls: Iterable[Control]) -> list[str]:
@@ -390,25 +376,20 @@ class Prober:
         return [HELD_BACK.format(", ".join(names))] if names else []
 
     async def _samples(self, subject: Subject, found: Sequence[Endpoint]) -> tuple[Sample, ...]:
-        """From the operator; what answers is tried a second time before it is believed."""
-        reaches = await asyncio.gather(*(self._dial(item.address, item.port) for item in found))
-        again = {
-            item: await self._dial(item.address, item.port)
-            for item, reach in zip(found, reaches, strict=True)
-            if reach is Reach.OPEN
-        }
-        told = [(item, again.get(item, reach)) for item, reach in zip(found, reaches, strict=True)]
-        return self._steady(subject, Vantage.OPERATOR, told)
+        """From the operator."""
+        keyed = {f"e{n}": item for n, item in enumerate(found)}
+        answers = await self._twice([Target(key, item.address, item.port) for key, item in keyed.items()])
+        return self._steady(subject, Vantage.OPERATOR, [(item, answers[key]) for key, item in keyed.items()])
 
-    def _steady(
-        self, subject: Subject, vantage: Vantage, tried: Iterable[tuple[Endpoint, Reach]]
-    ) -> tuple[Sample, ...]:
-        after = {*endpoints(subject.topology, self._pods(subject.owner))}
-        return tuple(
-            Sample(vantage, item.pod, item.node, item.port, item.socket, reach, steady=item in after)
-            for item, reach in tried
-            if reach is Reach.OPEN or reach in BLOCKED
-        )
+    async def _twice(self, targets: Sequence[Target]) -> Answers:
+        """What answers is tried a second time before it is believed."""
+        reaches = await asyncio.gather(*(self._dial(target.address, target.port) for target in targets))
+        answers = {target.key: reach for target, reach in zip(targets, reaches, strict=True)}
+        opened = [target for target in targets if answers[target.key] is Reach.OPEN]
+        return answers | {target.key: await self._dial(target.address, target.port) for target in opened}
+
+    def _steady(self, subject: Subject, vantage: str, tried: Iterable[tuple[Endpoint, Reach]]) -> tuple[Sample, ...]:
+        return sampled(tried, vantage, endpoints(subject.topology, self._pods(subject.owner)))
 
     async def _dial(self, address: str, port: int) -> Reach:
         async with self._connections:
@@ -455,6 +436,10 @@ async def _wait(
         await asyncio.sleep(seconds)
         return set(), set()
     return await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+
+
+def _owned(pod: KubeObject, owner: Owner) -> bool:
+    return any(ref["uid"] == owner.uid for ref in pod["metadata"].get("ownerReferences", ()))
 
 
 def _rotated(items: Sequence[_T], offset: int, count: int) -> Sequence[_T]:

@@ -17,7 +17,7 @@ from securevllm.proof.wire import BLOCKED, Reach
 
 
 class Vantage(StrEnum):
-    """From where it was tried."""
+    """From where the operator tries; it needs both. ``securevllm probe`` has others, named in the same way."""
 
     OPERATOR = "the operator"
     CANARY = "a canary pod of the same namespace"
@@ -37,7 +37,7 @@ class Sample:
         steady: the target was Ready with the same address before and after.
     """
 
-    vantage: Vantage
+    vantage: str
     pod: str
     node: str
     port: int
@@ -50,7 +50,7 @@ class Sample:
 class Control:
     """One attempt to reach what may be reached: a listener of ours on the same node and port."""
 
-    vantage: Vantage
+    vantage: str
     node: str
     port: int
     reach: Reach
@@ -93,11 +93,12 @@ class Round:
     Attributes:
         samples: of engines and routers.
         controls: beside them.
-        questions: to gateways; None: nobody was asked in this round.
+        questions: to gateways; None: none of them could be asked; empty: asking was not wanted.
         targets: how many pods could have been targets.
         lacking: vantage points and measurements that this round lacks, each with its reason.
         limits: what is never measured, or is present and not evaluated; told with every verdict.
         complete: with canary pods: only such a round can say that something is isolated.
+        vantages: from all of these something has to be tried.
     """
 
     samples: tuple[Sample, ...] = ()
@@ -107,6 +108,7 @@ class Round:
     lacking: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()
     complete: bool = False
+    vantages: tuple[str, ...] = tuple(Vantage)
 
 
 @dataclass(frozen=True)
@@ -201,10 +203,10 @@ def _uncontrolled(seen: Round) -> Proof | None:
     blocked = [item for item in seen.samples if item.steady and item.reach in BLOCKED]
     bare = sorted({(item.vantage, item.node, item.port) for item in blocked} - reached)
     vantages = {item.vantage for item in blocked}
-    if vantages == set(Vantage) and not bare:
+    if vantages >= {*seen.vantages} and not bare:
         return None
     told = [f"port {port} on node {node} from {vantage}" for vantage, node, port in bare]
-    missing = [f"Nothing was tried from {vantage}." for vantage in Vantage if vantage not in vantages]
+    missing = [f"Nothing was tried from {vantage}." for vantage in seen.vantages if vantage not in vantages]
     return Proof(
         "Unknown",
         "NoControl",
@@ -229,9 +231,9 @@ def _isolated(seen: Round) -> Proof:
         _join(
             f"{_some([f'{socket} {port}' for port, socket in sockets])} of {len(pods)} of {seen.targets} pods on"
             f" {len(nodes)} {'node' if len(nodes) == 1 else 'nodes'} cannot be reached from"
-            f" {' and '.join(sorted({item.vantage.value for item in blocked}, reverse=True))}, which reach other pods"
+            f" {' and '.join(sorted({item.vantage for item in blocked}, reverse=True))}, which reach other pods"
             " on the same nodes and ports.",
-            f"The gateways refuse {refused} forbidden requests.",
+            *([f"The gateways refuse {refused} forbidden requests."] if refused else []),
             *_reasons(seen),
         ),
     )

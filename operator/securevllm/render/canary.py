@@ -6,6 +6,7 @@ beside it is the engine's own. A *prober* connects to engines and listeners from
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from securevllm.context import FIELD_MANAGER
@@ -15,39 +16,60 @@ from securevllm.render.meta import COMPONENT, INSTANCE, MANAGED_BY
 
 if TYPE_CHECKING:
     from securevllm.api import types as api
-    from securevllm.context import Context
     from securevllm.render.meta import Object, Owner
 
 COMPONENT_VALUE = "canary"
 USER = GROUP = 65532
 
-_LIFETIME_SECONDS = 120
+LIFETIME_SECONDS = 120
 """Kubelet ends it after that, also when the operator is gone."""
 
 
-def labels(owner: Owner) -> dict[str, str]:
+PROBE_MANAGER = "securevllm-probe"
+"""Value of ``app.kubernetes.io/managed-by`` when a person's ``securevllm probe`` made them: the operator watches and
+removes its own."""
+
+
+@dataclass(frozen=True)
+class Maker:
+    """Who makes canary pods, for what and where.
+
+    Attributes:
+        owner: the resource that is measured.
+        spec: for what kubelet logs in to registries with.
+        image: the operator's.
+        namespace: of the pods.
+        manager: value of ``app.kubernetes.io/managed-by``.
+    """
+
+    owner: Owner
+    spec: api.Spec
+    image: str
+    namespace: str
+    manager: str = FIELD_MANAGER
+
+
+def labels(owner: Owner, manager: str = FIELD_MANAGER) -> dict[str, str]:
     """Labels of canary pods; docs/status.md#nocontrol selects them by the name."""
     return {
         **pods.MESH_OPT_OUT_LABELS,
         "app.kubernetes.io/name": "secure-vllm-canary",
         INSTANCE: owner.name,
         COMPONENT: COMPONENT_VALUE,
-        MANAGED_BY: FIELD_MANAGER,
+        MANAGED_BY: manager,
     }
 
 
-def listener(owner: Owner, spec: api.Spec, context: Context, name: str, *, node: str, ports: tuple[int, ...]) -> Object:
+def listener(maker: Maker, name: str, *, node: str, ports: tuple[int, ...]) -> Object:
     """A pod that accepts on ports, on one node.
 
     Args:
-        owner: the resource.
-        spec: for what kubelet logs in to registries with.
-        context: for the operator's image.
+        maker: who makes it.
         name: of the pod.
         node: where it has to run; tolerates whatever engines there tolerate.
         ports: above 1023.
     """
-    pod = _pod(owner, spec, context, name, ("listen", wire.CanaryConfig(listen=ports)))
+    pod = _pod(maker, name, ("listen", wire.CanaryConfig(listen=ports)))
     field = {"key": "metadata.name", "operator": "In", "values": [node]}
     pod["spec"]["affinity"] = {
         "nodeAffinity": {
@@ -60,16 +82,18 @@ def listener(owner: Owner, spec: api.Spec, context: Context, name: str, *, node:
     return pod
 
 
-def prober(owner: Owner, spec: api.Spec, context: Context, name: str, *, targets: tuple[wire.Target, ...]) -> Object:
+def prober(maker: Maker, name: str, *, targets: tuple[wire.Target, ...]) -> Object:
     """A pod that connects to targets, says what it saw in its termination message, and ends."""
-    return _pod(owner, spec, context, name, ("probe", wire.CanaryConfig(targets=targets)))
+    return _pod(maker, name, ("probe", wire.CanaryConfig(targets=targets)))
 
 
-def _pod(owner: Owner, spec: api.Spec, context: Context, name: str, program: tuple[str, wire.CanaryConfig]) -> Object:
+def _pod(maker: Maker, name: str, program: tuple[str, wire.CanaryConfig]) -> Object:
+    owner = maker.owner
     reference = owner.reference() | {"controller": False, "blockOwnerDeletion": False}
+    home = maker.namespace == owner.namespace
     body: dict[str, Any] = {
         "restartPolicy": "Never",
-        "activeDeadlineSeconds": _LIFETIME_SECONDS,
+        "activeDeadlineSeconds": LIFETIME_SECONDS,
         "terminationGracePeriodSeconds": 1,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
@@ -77,7 +101,7 @@ def _pod(owner: Owner, spec: api.Spec, context: Context, name: str, program: tup
         "containers": [
             {
                 "name": COMPONENT_VALUE,
-                "image": context.operator_image,
+                "image": maker.image,
                 "args": [COMPONENT_VALUE, program[0]],
                 "env": [
                     pods.field_env(wire.POD_IP, "status.podIP"),
@@ -87,23 +111,25 @@ def _pod(owner: Owner, spec: api.Spec, context: Context, name: str, program: tup
                 "securityContext": pods.CONTAINER_SECURITY,
             }
         ],
-        **pods.pull_secrets(spec),
+        # Secrets of another namespace have nothing to do with the resource.
+        **(pods.pull_secrets(maker.spec) if home else {}),
     }
     return {
         "apiVersion": "v1",
         "kind": "Pod",
         "metadata": {
             "name": name,
-            "namespace": owner.namespace,
-            "labels": labels(owner),
+            "namespace": maker.namespace,
+            "labels": labels(owner, maker.manager),
             "annotations": dict(pods.MESH_OPT_OUT_ANNOTATIONS),
-            "ownerReferences": [reference],
+            # The garbage collector removes at once what is owned by something of another namespace.
+            **({"ownerReferences": [reference]} if home else {}),
         },
         "spec": body,
     }
 
 
-def is_canary(pod: Object) -> bool:
+def is_canary(pod: Object, manager: str = FIELD_MANAGER) -> bool:
     """Whether a pod is one of these."""
     found = pod["metadata"].get("labels", {})
-    return (found.get(COMPONENT), found.get(MANAGED_BY)) == (COMPONENT_VALUE, FIELD_MANAGER)
+    return (found.get(COMPONENT), found.get(MANAGED_BY)) == (COMPONENT_VALUE, manager)

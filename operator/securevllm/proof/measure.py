@@ -1,0 +1,104 @@
+"""What a measurement with canary pods does, for the operator and for ``securevllm probe`` alike. Edge.
+
+A listener of ours on each node accepts on the ports of the engines there. From every vantage point the engines are
+tried, which must not be reached, and the listeners beside them, which may be: silence means isolation only where the
+same vantage point reached the same port of the same node.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from securevllm.proof.canaries import Canaries, Refused
+from securevllm.proof.verdict import Control, Round, Sample
+from securevllm.proof.wire import BLOCKED, Reach, Target
+
+if TYPE_CHECKING:
+    from securevllm.proof.targets import Endpoint
+
+Answers = dict[str, Reach]
+"""By the targets' keys; what was not tried is not there."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A vantage point.
+
+    Attributes:
+        name: as the verdict shows it: "... cannot be reached from <name>".
+        reach: tries the first, which must not be reached, and the second, which may be.
+    """
+
+    name: str
+    reach: Callable[[Sequence[Target], Sequence[Target]], Awaitable[Answers | Refused]]
+
+
+async def beside_listeners(
+    canaries: Canaries,
+    found: Iterable[Endpoint],
+    points: Sequence[Point],
+    steady: Callable[[Iterable[tuple[Endpoint, Reach]], str], Awaitable[tuple[Sample, ...]]],
+) -> Round:
+    """Measure once.
+
+    Args:
+        canaries: makes the listeners.
+        found: what must not be reached.
+        points: from where, one after the other.
+        steady: makes samples of attempts from a vantage point; looks which targets are still the same.
+
+    Returns:
+        Samples, controls and what is lacking.
+    """
+    here = [*found]
+    ports = {
+        node: tuple(sorted({item.port for item in here if item.node == node})) for node in {item.node for item in here}
+    }
+    listeners, lacking = await canaries.listeners(ports)
+    places = {f"c{n}.{port}": (item, port) for n, item in enumerate(listeners) for port in ports[item.node]}
+    beside = [Target(key, item.address, port) for key, (item, port) in places.items()]
+    nodes = {item.node for item in listeners}
+    keyed = {f"e{n}": endpoint for n, endpoint in enumerate(item for item in here if item.node in nodes)}
+    targets = [Target(key, item.address, item.port) for key, item in keyed.items()]
+    samples: list[Sample] = []
+    controls: list[Control] = []
+    for point in points if targets else ():
+        answers = await point.reach(targets, beside)
+        if isinstance(answers, Refused):
+            lacking = [*lacking, f"{answers.why[0].upper()}{answers.why[1:]}"]
+            continue
+        tried = [(item, answers[key]) for key, item in keyed.items() if key in answers]
+        samples += await steady(tried, point.name)
+        controls += [
+            Control(point.name, place.node, port, answers[key])
+            for key, (place, port) in places.items()
+            if key in answers
+        ]
+    return Round(samples=tuple(samples), controls=tuple(controls), lacking=tuple(lacking), complete=True)
+
+
+def sampled(tried: Iterable[tuple[Endpoint, Reach]], vantage: str, after: Iterable[Endpoint]) -> tuple[Sample, ...]:
+    """Samples of attempts; an error of the own machine is none.
+
+    Args:
+        tried: what was tried, and how it ended.
+        vantage: from where.
+        after: what there is now; a target that is not the same any more says nothing.
+    """
+    still = {*after}
+    return tuple(
+        Sample(vantage, item.pod, item.node, item.port, item.socket, reach, steady=item in still)
+        for item, reach in tried
+        if reach is Reach.OPEN or reach in BLOCKED
+    )
+
+
+def canary_point(name: str, canaries: Canaries) -> Point:
+    """A canary pod as vantage point."""
+
+    async def reach(targets: Sequence[Target], beside: Sequence[Target]) -> Answers | Refused:
+        return await canaries.probe([*targets, *beside])
+
+    return Point(name, reach)
