@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import json
 from typing import Any
 
 import pytest
 
-from securevllm.render.accepted import Kept, Pin, config_map, read, settle
+from securevllm.render.accepted import GroupMemory, Kept, Pin, config_map, read, settle
 from securevllm.render.meta import Owner, digest
 
 OWNER = Owner("llama", "apps", "uid-1")
@@ -89,3 +92,36 @@ def test_always_rolls() -> None:
     pin = settle(OLD, {"a": 1}, None, "Always").pin
     settled = settle(NEW, {"a": 1}, pin, "Always")
     assert (settled.pin.template, settled.outdated) == (NEW, False)
+
+
+def test_a_pin_of_an_earlier_release_is_known_and_stays_as_it_is() -> None:
+    pin = Pin(digest({"a": 1, "b": None}), OLD)
+    settled = settle(NEW, {"a": 1}, pin, "WithSpec", before=[{"a": 1, "b": None}])
+    assert (settled.pin, settled.outdated) == (pin, True)
+    assert settle(NEW, {"a": 1}, pin, "WithSpec").pin.template == NEW
+    assert settle(NEW, {"a": 1}, pin, "Always", before=[{"a": 1, "b": None}]).pin.template == NEW
+
+
+# ----------------------------------------------------------------------------------------- written by a newer release
+
+
+def test_what_a_newer_release_remembers_of_a_group_beside_is_left_out() -> None:
+    memory = GroupMemory(epoch=3, since=7, restarts=1, members=("a", "b"), why="it broke")
+    content = config_map(OWNER, Kept(SPEC, {}, {"e0": memory}), KEY)["data"]
+    groups = json.loads(content["groups.json"])
+    groups["e0"] |= {"rack": "b12", "members": [*groups["e0"]["members"]]}
+    assert read(OWNER, sealed({**content, "groups.json": json.dumps(groups)}), KEY) == Kept(SPEC, {}, {"e0": memory})
+
+
+def test_a_field_that_an_earlier_release_did_not_remember_has_its_default() -> None:
+    content = config_map(OWNER, Kept(SPEC, {}, {"e0": GroupMemory()}), KEY)["data"]
+    kept = read(OWNER, sealed({**content, "groups.json": '{"e0": {"epoch": 4}}'}), KEY)
+    assert kept is not None
+    assert kept.groups == {"e0": GroupMemory(epoch=4)}
+
+
+def sealed(content: dict[str, str]) -> dict[str, str]:
+    """The same content under a valid seal, as a release that writes it would have it."""
+    texts = [content[name] for name in ("spec.json", "templates.json", "groups.json") if name in content]
+    message = b"".join(len(text.encode()).to_bytes(8, "big") + text.encode() for text in (OWNER.uid, *texts))
+    return {**content, "seal": hmac.new(KEY, message, hashlib.sha256).hexdigest()}

@@ -226,8 +226,9 @@ def _replicas(process: Process, observed: Observed, started_with: engine.Started
     if not waiting:
         gates = gate.inputs(process.accepted.raw, process.topology, side.role, process.context)
         inputs = engine.inputs(process.accepted.raw, side, started_with, gates)
+        before = engine.inputs_before(process.accepted.raw, side, inputs)
         settled = {
-            name: kept.settle(template, inputs, observed.pins.get(name), spec.update_policy)
+            name: kept.settle(template, inputs, observed.pins.get(name), spec.update_policy, before=before)
             for name, template in zip(names, fresh, strict=True)
         }
     elif len(running) == len(names):

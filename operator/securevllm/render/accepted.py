@@ -12,8 +12,8 @@ from __future__ import annotations
 import hashlib
 import hmac
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal
 
 from securevllm.render.meta import Object, Owner, digest
@@ -66,10 +66,26 @@ class Settled:
     outdated: bool
 
 
-def settle(fresh: Object, inputs: Any, pin: Pin | None, policy: Literal["WithSpec", "Always"]) -> Settled:
-    """Keep the pinned template while its inputs are the same."""
+def settle(
+    fresh: Object,
+    inputs: Any,
+    pin: Pin | None,
+    policy: Literal["WithSpec", "Always"],
+    *,
+    before: Sequence[Any] = (),
+) -> Settled:
+    """Keep the pinned template while its inputs are the same.
+
+    Args:
+        fresh: the template as this release renders it.
+        inputs: what it depends on.
+        pin: what was rolled out last.
+        policy: of the spec.
+        before: the same inputs as earlier releases wrote them down. A pin of theirs is kept as it is, so that after a
+            rollback they know it again.
+    """
     hashed = digest(inputs)
-    if pin is None or pin.inputs != hashed or policy == "Always":
+    if pin is None or policy == "Always" or pin.inputs not in {hashed, *map(digest, before)}:
         return Settled(Pin(hashed, fresh), outdated=False)
     return Settled(pin, outdated=pin.template != fresh)
 
@@ -91,8 +107,14 @@ def read(owner: Owner, data: Mapping[str, str], seal_key: bytes) -> Kept | None:
         return None
     pins = {name: Pin(pin["inputs"], pin["template"]) for name, pin in json.loads(data[_PINS]).items()}
     remembered = json.loads(data.get(_GROUPS, "{}"))
-    groups = {name: GroupMemory(**item | {"members": tuple(item["members"])}) for name, item in remembered.items()}
+    groups = {name: _memory(item) for name, item in remembered.items()}
     return Kept(json.loads(data[_SPEC]), pins, groups)
+
+
+def _memory(kept: Mapping[str, Any]) -> GroupMemory:
+    """Fields that a newer release has added are left out: after a rollback its groups must go on."""
+    known = {item.name: kept[item.name] for item in fields(GroupMemory) if item.name in kept}
+    return GroupMemory(**known | {"members": tuple(known.get("members", ()))})
 
 
 def fingerprint(seal_key: bytes, secret: bytes) -> str:
@@ -106,7 +128,11 @@ def name(owner: Owner) -> str:
 
 
 def _sealed(data: Mapping[str, str]) -> list[str]:
-    """The parts under the seal; one that is taken away or added changes their number, and with it the seal."""
+    """The parts under the seal; one that is taken away or added changes their number, and with it the seal.
+
+    Never add a part: after a rollback the older release would not find the seal valid, and what is not sealed counts as
+    lost, so that every engine would get a new template. A new field goes into one of the parts.
+    """
     return [data.get(_SPEC, ""), data.get(_PINS, ""), *([data[_GROUPS]] if _GROUPS in data else [])]
 
 

@@ -349,6 +349,9 @@ def quantities(block: api.Resources) -> dict[str, Any]:
 def inputs(raw: Mapping[str, Any], side: Side, started_with: StartedWith, gates: Mapping[str, Any]) -> Any:
     """What the template depends on: a change here rolls the pods, an operator upgrade does not.
 
+    So nothing new may be in it that is there for a spec which does not ask for it: its hash is compared with one that
+    an earlier release has kept.
+
     Args:
         raw: ``spec`` as the user wrote it: a default that a later release changes is not a change of the spec.
         side: whose template; how many replicas it has does not count.
@@ -356,17 +359,37 @@ def inputs(raw: Mapping[str, Any], side: Side, started_with: StartedWith, gates:
         gates: what the gate depends on.
     """
     chosen = ("model", "image", "imagePullSecrets", "parallelism", "ports", "engine")
-    security, split = raw.get("security", {}), raw.get("disaggregation", {})
-    proxies = [entry["proxy"] for entry in security.get("egress", ()) if "proxy" in entry]
-    return {
-        "side": {"connector": split.get("connector"), "parallelism": split.get(side.role.value, {}).get("parallelism")},
+    security = raw.get("security", {})
+    place = _place(raw, side)
+    asked = {
+        "proxy": [entry["proxy"] for entry in security.get("egress", ()) if "proxy" in entry],
+        "side": place if any(place.values()) else None,
         "kvEvents": "kvEvents" in security,
+        # Who may scrape is a matter of policies; whether anybody may is one of the pods.
+        "metrics": "metrics" in security,
+    }
+    return {
         "spec": {name: raw[name] for name in chosen if name in raw},
         "media": security.get("media", {}),
-        **({"proxy": proxies} if proxies else {}),
-        # Who may scrape is a matter of policies; whether anybody may is one of the pods.
-        **({"metrics": True} if "metrics" in security else {}),
         "restartAt": started_with.restart_at,
         "engineKey": started_with.key,
+        **{name: value for name, value in asked.items() if value},
         **gates,
     }
+
+
+def inputs_before(raw: Mapping[str, Any], side: Side, inputs: Mapping[str, Any]) -> list[Any]:
+    """The same inputs as earlier releases wrote them down.
+
+    Args:
+        raw: ``spec`` as the user wrote it.
+        side: whose template.
+        inputs: of this release.
+    """
+    # Between 0.1.0 and 0.2.0: there for every spec.
+    return [{**inputs, "side": _place(raw, side), "kvEvents": inputs.get("kvEvents", False)}]
+
+
+def _place(raw: Mapping[str, Any], side: Side) -> dict[str, Any]:
+    split = raw.get("disaggregation", {})
+    return {"connector": split.get("connector"), "parallelism": split.get(side.role.value, {}).get("parallelism")}
