@@ -21,13 +21,37 @@ import click
 import yaml
 
 from securevllm import __version__, catalogue
-from securevllm.errors import OperatorError, SpecError
+from securevllm.errors import OperatorError, Problem, SpecError
 
 _OUTPUT = click.option(
     "-o", "--output", type=click.Choice(["yaml", "json"]), default="yaml", show_default=True, help="Output format."
 )
 _WRONG_INPUT = 2
+_DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
+_NO_LABEL = "lower-case letters, digits and '-', a letter or digit at both ends, at most 63 characters"
 _LABEL = re.compile(r"([a-z0-9.-]+/)?[A-Za-z0-9._-]+=[A-Za-z0-9._-]*")
+
+
+def _label(_context: Any, _option: Any, value: str | None) -> str | None:
+    if value is not None and _DNS_LABEL.fullmatch(value) is None:
+        raise click.BadParameter(f"{value!r} is no name of a namespace or Service: {_NO_LABEL}")
+    return value
+
+
+def _domain(_context: Any, _option: Any, value: str) -> str:
+    if not all(map(_DNS_LABEL.fullmatch, value.split("."))):
+        raise click.BadParameter(f"{value!r} is no domain such as cluster.local")
+    return value
+
+
+_NAMESPACE = click.option(
+    "-n",
+    "--namespace",
+    default="default",
+    show_default=True,
+    callback=_label,
+    help="For resources that name none.",
+)
 
 
 def _context_options(command: Any) -> Any:
@@ -38,13 +62,26 @@ def _context_options(command: Any) -> Any:
             envvar="POD_NAMESPACE",
             default="secure-vllm-operator",
             show_default=True,
+            callback=_label,
             help="Where the operator itself runs: its pods may ask the gateways what they serve.",
         ),
-        click.option("--cluster-domain", default="cluster.local", show_default=True, help="Suffix of service names."),
+        click.option(
+            "--cluster-domain",
+            default="cluster.local",
+            show_default=True,
+            callback=_domain,
+            help="Suffix of service names.",
+        ),
         click.option(
             "--cluster-range", multiple=True, help="Pod, service or node range, carved out of every egress; repeatable."
         ),
-        click.option("--dns-namespace", default="kube-system", show_default=True, help="Where the DNS servers run."),
+        click.option(
+            "--dns-namespace",
+            default="kube-system",
+            show_default=True,
+            callback=_label,
+            help="Where the DNS servers run.",
+        ),
         click.option(
             "--dns-pods",
             default="k8s-app=kube-dns",
@@ -69,6 +106,7 @@ def _context_options(command: Any) -> Any:
             "--canary-service",
             default="secure-vllm-operator-canary",
             show_default=True,
+            callback=_label,
             help="Headless Service of the operator's canary listener, in its namespace.",
         ),
         click.option(
@@ -165,13 +203,13 @@ def main() -> None:
     """  # noqa: D301 - click wants the character
 
 
-@main.command()
+@main.command(short_help="Print the versions of operator and catalogue.")
 def version() -> None:
     """Print the versions of the operator and of the vLLM that its catalogue describes."""
     click.echo(f"secure-vllm-operator {__version__} (vLLM {catalogue.floor()} to {catalogue.newest()})")
 
 
-@main.command(add_help_option=True)
+@main.command(add_help_option=True, short_help="Wait in an engine's pod until its isolation is seen.")
 @click.argument("configuration", required=False)
 def gate(configuration: str | None) -> None:
     """Wait, in an engine's pod, until its isolation is seen; the last init container runs it.
@@ -198,7 +236,7 @@ def crd(output: str) -> None:
     _print([definition()], output)
 
 
-@main.command()
+@main.command(short_help="Print every route of vLLM and what the gateway does with it.")
 @click.option("--version", "text", default=None, help="vLLM version.  [default: the newest that is catalogued]")
 @click.option("--profile", type=click.Choice(catalogue.profiles()), help="Only the routes of this gateway profile.")
 @click.option(
@@ -247,7 +285,7 @@ def _table(head: list[str], rows: list[list[str]], output: str) -> None:
         click.echo("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
 
 
-@main.command()
+@main.command(short_help="Print what engine arguments and variables may be set.")
 @click.option("--version", "text", default=None, help="Only what this vLLM version has.  [default: all versions]")
 @click.option("--where", type=click.Choice(["args", "env"]), help="Only one of the two.")
 @click.option(
@@ -274,9 +312,9 @@ def guard(text: str | None, where: str | None, output: str) -> None:
     _table(["WHERE", "NAME", "VALUE", "NEEDS", "VERSIONS"], [list(row.values()) for row in rows], output)
 
 
-@main.command()
+@main.command(short_help="Print every object that the operator would apply.")
 @click.option("-f", "--filename", type=click.File("r"), required=True, help="Manifest with resources; - is stdin.")
-@click.option("-n", "--namespace", default="default", show_default=True, help="For resources that name none.")
+@_NAMESPACE
 @click.option("--uid", default=_NO_UID, show_default=True, help="UID of the resource: part of the pods' labels.")
 @_BOUNDS
 @_context_options
@@ -299,9 +337,9 @@ def render(filename: TextIO, namespace: str, uid: str, output: str, bounds_file:
         sys.exit(_WRONG_INPUT)
 
 
-@main.command()
+@main.command(short_help="Print who may talk to whom and why.")
 @click.option("-f", "--filename", type=click.File("r"), required=True, help="Manifest with resources; - is stdin.")
-@click.option("-n", "--namespace", default="default", show_default=True, help="For resources that name none.")
+@_NAMESPACE
 @_BOUNDS
 @_context_options
 @click.option(
@@ -335,7 +373,7 @@ def explain(filename: TextIO, namespace: str, output: str, bounds_file: Path | N
         sys.exit(_WRONG_INPUT)
 
 
-@main.command()
+@main.command(short_help="Tell what vLLM workloads expose, and to whom.")
 @click.option(
     "-f",
     "--filename",
@@ -344,7 +382,12 @@ def explain(filename: TextIO, namespace: str, output: str, bounds_file: Path | N
     type=click.Path(exists=True, allow_dash=True, path_type=Path),
     help="YAML or JSON file, folder of such files, or - for stdin; repeatable.",
 )
-@click.option("-n", "--namespace", help="With -f: for objects that name none. Without: the live namespace to read.")
+@click.option(
+    "-n",
+    "--namespace",
+    callback=_label,
+    help="With -f: for objects that name none. Without: the live namespace to read.",
+)
 @click.option(
     "--kubeconfig",
     envvar="KUBECONFIG",
@@ -569,6 +612,7 @@ def _judged(
         metadata = document.get("metadata") or {}
         owner = Owner(str(metadata.get("name", "")), str(metadata.get("namespace") or namespace), uid)
         try:
+            _check_namespace(owner.namespace)
             accepted = parse(owner.name, document.get("spec") or {}, bounds)
             check(accepted.spec, context)
             judged.append((owner, accepted, metadata))
@@ -577,6 +621,12 @@ def _judged(
             for problem in error.problems:
                 click.echo(f"{stream.name}: {owner.name or '(no name)'}: {problem.reason}: {problem}", err=True)
     return judged, failed
+
+
+def _check_namespace(name: str) -> None:
+    if _DNS_LABEL.fullmatch(name) is None:
+        told = "this is no name of a namespace"
+        raise SpecError(Problem("metadata.namespace", "InvalidSpec", told, f"Use {_NO_LABEL}.", name[:80]))
 
 
 def _rendered(owner: Any, accepted: Any, metadata: dict[str, Any], context: Any) -> Iterator[dict[str, Any]]:
@@ -607,10 +657,8 @@ def _resources(stream: TextIO) -> Iterator[dict[str, Any]]:
         if not isinstance(document, dict):
             _wrong(f"{stream.name} holds {type(document).__name__}, not a Kubernetes object")
         if (document.get("apiVersion"), document.get("kind")) != (api.API_VERSION, api.KIND):
-            _wrong(
-                f"{stream.name} holds {document.get('apiVersion')} {document.get('kind')}; this command takes"
-                f" {api.API_VERSION} {api.KIND}"
-            )
+            found = " ".join(str(document.get(part) or f"(no {part})") for part in ("apiVersion", "kind"))
+            _wrong(f"{stream.name} holds {found}; this command takes {api.API_VERSION} {api.KIND}")
         for part in ("metadata", "spec"):
             if not isinstance(document.get(part) or {}, dict):
                 _wrong(f"{stream.name}: {part} is {type(document[part]).__name__}, not a mapping")
@@ -656,6 +704,7 @@ def _installations(_context: Any, _option: Any, values: tuple[str, ...]) -> tupl
 @click.option(
     "--namespace",
     "watch_namespace",
+    callback=_label,
     envvar="SECUREVLLM_WATCH_NAMESPACE",
     help="Watch this namespace only; a Role is enough. Default: all namespaces.",
 )

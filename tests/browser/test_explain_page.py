@@ -97,6 +97,7 @@ async def test_everything_is_on_the_page(page: Page, file: Path, views: list[Vie
         "Who may talk to whom",
         "Routes that pass the gateway",
         "What the spec gives up",
+        "Published holes in this vLLM",
         "What no NetworkPolicy sees",
         "What listens",
     ]

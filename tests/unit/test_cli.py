@@ -334,3 +334,41 @@ def test_probe_of_nothing_says_so_and_an_interrupt_has_its_own_code(monkeypatch:
     told_by(monkeypatch, KeyboardInterrupt())
     result = run("probe", "llama")
     assert (result.exit_code, "the canary pods are removed" in result.stderr) == (130, True)
+
+
+@pytest.mark.parametrize("option", ["--namespace", "--operator-namespace", "--dns-namespace", "--canary-service"])
+@pytest.mark.parametrize("value", ["BAD_NS", "-a", "a.b", "a" * 64, ""])
+def test_a_name_that_no_namespace_can_have_is_wrong_usage(option: str, value: str) -> None:
+    sample = SAMPLE.read_text(encoding="utf-8")
+    result = run("render", "-f", "-", f"{option}={value}", stdin=sample)
+    assert result.exit_code == 2, result.output
+    assert "is no name of a namespace" in result.stderr
+    assert run("render", "-f", "-", f"{option}=a-good-one", stdin=sample).exit_code == 0
+
+
+def test_a_namespace_of_the_manifest_is_judged_too() -> None:
+    text = SAMPLE.read_text(encoding="utf-8")
+    assert text.count("  name: quickstart\n") == 1
+    result = run(
+        "render", "-f", "-", stdin=text.replace("  name: quickstart\n", "  name: quickstart\n  namespace: A_B\n")
+    )
+    assert result.exit_code == 2
+    assert "metadata.namespace 'A_B': this is no name of a namespace" in result.stderr
+
+
+def test_a_domain_that_is_none_is_wrong_usage() -> None:
+    sample = SAMPLE.read_text(encoding="utf-8")
+    refused = run("render", "-f", "-", "--cluster-domain=a..b", stdin=sample)
+    assert "is no domain such as cluster.local" in refused.stderr
+    assert run("render", "-f", "-", "--cluster-domain=k8s.example", stdin=sample).exit_code == 0
+
+
+def test_an_object_without_api_version_is_named_as_such() -> None:
+    assert (
+        "holds (no apiVersion) Deployment; this command takes"
+        in run("render", "-f", "-", stdin="kind: Deployment").stderr
+    )
+
+
+def test_the_list_of_commands_is_not_cut_off() -> None:
+    assert "..." not in run("--help").stdout.partition("Commands:")[2]

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from securevllm import catalogue, explain
 from securevllm.api.parse import parse
 from securevllm.context import CidrPeer, Context, PodPeer, Selector, namespace
-from securevllm.explain.words import BlindSpot, Fact, Flow, Peer, Pods, Route
+from securevllm.explain.words import Advisory, BlindSpot, Fact, Flow, Peer, Pods, Route
 from securevllm.render.gateway import allowed_routes
 from securevllm.render.meta import Owner
 from securevllm.topology import PortRule, Role, Socket, plan
@@ -77,7 +77,18 @@ def filled(value: Any, words: str) -> Any:
             return words
         case tuple():
             return tuple(filled(item, words) for item in value)
-        case explain.View() | Fact() | Flow() | Peer() | Pods() | Route() | BlindSpot() | PortRule() | Socket():
+        case (
+            explain.View()
+            | Advisory()
+            | Fact()
+            | Flow()
+            | Peer()
+            | Pods()
+            | Route()
+            | BlindSpot()
+            | PortRule()
+            | Socket()
+        ):
             return replace(value, **{field.name: filled(getattr(value, field.name), words) for field in fields(value)})
         case int() | None:
             return value
@@ -146,6 +157,7 @@ def test_the_summary_of_the_default_is_closed() -> None:
         "What an engine may reach": "DNS; nothing else",
         "What other pods may reach": "DNS; nothing else",
         "What the spec gives up": "nothing",
+        "Published holes": "none that the catalogue knows",
     }
 
 
@@ -159,6 +171,36 @@ def test_the_summary_of_an_open_spec_says_so() -> None:
     assert facts["What the spec gives up"].words == f"{len(seen.risks)} safe defaults, listed below"
     names = {"Who may connect", "What they need", "What an engine may reach", "What the spec gives up"}
     assert {fact.name for fact in seen.summary if fact.open} == names
+
+
+OLD: dict[str, Any] = {
+    "image": "vllm/vllm-openai:v0.21.0",
+    "security": {"accept": [{"risk": "vllmVersionBelowFloor", "why": "the model needs this version"}]},
+}
+
+
+def test_published_holes_of_the_version_are_told_with_what_covers_them_in_every_form_but_the_chart() -> None:
+    seen = view(**OLD)
+    held = next(item for item in seen.advisories if item.id == "CVE-2026-48746")
+    assert (held.severity, held.held, held.fixed_in) == (
+        "critical",
+        catalogue.CONTROLS["gateway-headers"],
+        "0.22.0",
+    )
+    bare = next(item for item in seen.advisories if not item.held)
+    fact = next(item for item in seen.summary if item.name == "Published holes")
+    assert fact.open
+    number = sum(not item.held for item in seen.advisories)
+    assert fact.words == f"{len(seen.advisories)} advisories, {number} without a control; listed below"
+    assert json.loads(explain.as_json(seen))["advisories"][0]["fixedIn"]
+    for page in (explain.text(seen), unescape(explain.html(seen))):
+        assert held.held in page
+        assert f"vLLM {held.fixed_in} fixes it" in page
+        assert bare.summary in page
+        assert "nothing here keeps an attacker away" in page
+        assert {item.id for item in seen.advisories if item.id not in page} == set()
+    assert view().advisories == ()
+    assert "none that the catalogue knows" in explain.text(view())
 
 
 def test_keys_and_certificate_of_the_user_are_named() -> None:

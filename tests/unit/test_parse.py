@@ -63,14 +63,20 @@ SPLIT = {"connector": "nixl", "router": {"image": "vllm/vllm-router:v0.1.17"}}
 
 # spec, field, reason, what the message must hold
 REFUSED: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
-    ("no image", {"image": None}, "spec.image", "InvalidSpec", ("Field required", "kubectl explain")),
-    ("no model", {"model": None}, "spec.model", "InvalidSpec", ("Field required",)),
-    ("unknown field", {"modle": {}}, "spec.modle", "InvalidSpec", ("Extra inputs",)),
+    ("no image", {"image": None}, "spec.image", "InvalidSpec", ("it is required", "kubectl explain")),
+    ("no model", {"model": None}, "spec.model", "InvalidSpec", ("it is required",)),
+    ("unknown field", {"modle": {}}, "spec.modle", "InvalidSpec", ("no such field", "Did you mean model?")),
     ("wrong type", {"replicas": "2"}, "spec.replicas", "InvalidSpec", ("'2'", "valid integer")),
     ("wrong quantity type", engine(sharedMemory=1.5), "spec.engine.sharedMemory", "InvalidSpec", ("'1.5'",)),
     ("quantity", engine(sharedMemory="8 GiB"), "spec.engine.sharedMemory", "InvalidSpec", ("'8 GiB'", "8Gi")),
     ("label key", engine(labels={"a b": "x"}), "spec.engine.labels.a b", "InvalidSpec", ("pattern", "engine.labels")),
-    ("snake case", engine(shared_memory="1Gi"), "spec.engine.shared_memory", "InvalidSpec", ("Extra inputs",)),
+    (
+        "snake case",
+        engine(shared_memory="1Gi"),
+        "spec.engine.shared_memory",
+        "InvalidSpec",
+        ("no such field", "Did you mean sharedMemory?"),
+    ),
     (
         "twice in a set",
         gateway(routes={"profiles": ["chat", "chat"]}),
@@ -744,3 +750,27 @@ def test_risks_are_kept_in_the_users_words() -> None:
 )
 def test_accepted(spec: dict[str, Any]) -> None:
     assert accepted(**spec).risks is not None
+
+
+@pytest.mark.parametrize(
+    ("spec", "field", "told"),
+    [
+        ({"imag": "a:v0.33.0"}, "spec.imag", "Did you mean image? kubectl explain securevllmdeployment.spec lists"),
+        (
+            {"gateway": {"route": {}}},
+            "spec.gateway.route",
+            "Did you mean routes? kubectl explain securevllmdeployment.spec.gateway lists",
+        ),
+        (
+            {"gateway": {"routes": {"allow": [{"method": "GET", "pth": "/x"}]}}},
+            "spec.gateway.routes.allow[0].pth",
+            "Did you mean path? kubectl explain securevllmdeployment.spec.gateway.routes.allow lists",
+        ),
+        ({"zzzzzz": 1}, "spec.zzzzzz", "Leave it out: kubectl explain securevllmdeployment.spec lists"),
+    ],
+)
+def test_an_unknown_field_is_answered_with_the_one_that_was_meant(spec: dict[str, Any], field: str, told: str) -> None:
+    with pytest.raises(SpecError) as refused:
+        parse("llama", {**FINE, **spec})
+    problem = next(item for item in refused.value.problems if item.field == field)
+    assert told in str(problem)

@@ -12,10 +12,11 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from difflib import get_close_matches
+from typing import Any, get_args
 from urllib.parse import urlsplit
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter, ValidationError
 from pydantic.alias_generators import to_camel
 
 from securevllm import catalogue
@@ -134,10 +135,35 @@ def _schema_problems(error: ValidationError) -> list[Problem]:
         shown = str(value)[:80] if isinstance(value, str | int | float | bool) else ""
         names = itertools.takewhile(_FIELD.fullmatch, (part for part in path if isinstance(part, str)))
         fix = f"See: kubectl explain {'.'.join(('securevllmdeployment.spec', *names))}"
-        if item["type"] == "extra_forbidden" and path[-1] in NOT_OFFERED:
-            told, fix = NOT_OFFERED[str(path[-1])]
+        if item["type"] == "extra_forbidden":
+            told, fix = NOT_OFFERED.get(str(path[-1])) or _unknown(path)
+        elif item["type"] == "missing":
+            told = "it is required"
         problems.append(Problem(field, "InvalidSpec", told, fix, shown))
     return problems
+
+
+def _unknown(path: tuple[int | str, ...]) -> tuple[str, str]:
+    """What is said of a field that the schema has not, with the one that was probably meant."""
+    model: type[BaseModel] | None = api.Spec
+    for part in path[:-1]:
+        if isinstance(part, str) and model is not None:
+            model = next(
+                (_model_in(item.annotation) for item in model.model_fields.values() if item.alias == part), None
+            )
+    known = [str(item.alias) for item in model.model_fields.values()] if model is not None else []
+    name = str(path[-1])
+    meant = to_camel(name) if to_camel(name) in known else next(iter(get_close_matches(name, known, 1)), "")
+    parents = (part for part in path[:-1] if isinstance(part, str))
+    listed = f"kubectl explain {'.'.join(('securevllmdeployment.spec', *parents))} lists the fields."
+    return "there is no such field", f"Did you mean {meant}? {listed}" if meant else f"Leave it out: {listed}"
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model in an annotation such as ``list[Model] | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
 def version_of(spec: api.Spec) -> catalogue.Version | Problem:

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic.alias_generators import to_camel
 
-from securevllm.explain.words import CAVEAT, CLOSED, Direction, View, port_list, refused, target, told
+from securevllm.explain.words import CAVEAT, CLOSED, Direction, View, concern, port_list, refused, target, told
 
 
 def text(seen: View) -> str:
@@ -61,6 +61,10 @@ def _text_lines(seen: View) -> Iterator[str]:
     yield f"  {refused(seen)}"
     yield from ("", "Given up by the spec")
     yield from (f"  {risk}" for risk in seen.risks or ("nothing",))
+    yield from ("", "Published holes in this vLLM")
+    yield from (f"  {item.severity} {item.id}: {item.summary} ({concern(item)})" for item in seen.advisories)
+    if not seen.advisories:
+        yield "  none that the catalogue knows"
     yield from ("", "Not seen by any NetworkPolicy")
     yield from (f"  {item.name}: {item.why}" for item in seen.unseen)
     yield from ("", CAVEAT)

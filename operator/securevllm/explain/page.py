@@ -7,7 +7,20 @@ from typing import TYPE_CHECKING
 
 from securevllm.explain.markup import Html, el
 from securevllm.explain.picture import picture
-from securevllm.explain.words import CAVEAT, CLOSED, Direction, Fact, Flow, Peer, Pods, View, refused, target
+from securevllm.explain.words import (
+    CAVEAT,
+    CLOSED,
+    Advisory,
+    Direction,
+    Fact,
+    Flow,
+    Peer,
+    Pods,
+    View,
+    concern,
+    refused,
+    target,
+)
 
 if TYPE_CHECKING:
     from securevllm.topology import Socket
@@ -89,6 +102,8 @@ def _section(seen: View) -> Html:
         el("p", refused(seen), class_="closed"),
         el("h2", "What the spec gives up"),
         el("ul", *(el("li", risk, class_="warn") for risk in seen.risks)) if seen.risks else el("p", "Nothing."),
+        el("h2", "Published holes in this vLLM"),
+        el("ul", *map(_advisory, seen.advisories)) if seen.advisories else el("p", "None that the catalogue knows."),
         el("h2", "What no NetworkPolicy sees"),
         el("ul", *(el("li", el("b", f"{item.name}. "), item.why) for item in seen.unseen)),
         el("h2", "What listens"),
@@ -97,6 +112,11 @@ def _section(seen: View) -> Html:
             [row for item in seen.pods for row in _socket_rows(item, seen.sockets)],
         ),
     )
+
+
+def _advisory(advisory: Advisory) -> Html:
+    told = el("span", concern(advisory), class_="soft" if advisory.held else "warn")
+    return el("li", el("b", f"{advisory.severity} {advisory.id}. "), advisory.summary, " ", told)
 
 
 def _fact(fact: Fact) -> Html:

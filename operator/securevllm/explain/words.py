@@ -30,6 +30,7 @@ from securevllm.topology import (
 
 if TYPE_CHECKING:
     from securevllm.api import types as api
+    from securevllm.api.advisories import Hit
     from securevllm.api.parse import Accepted
     from securevllm.render.meta import Owner
 
@@ -140,6 +141,25 @@ class Fact:
 
 
 @dataclass(frozen=True)
+class Advisory:
+    """A published hole in this vLLM.
+
+    Attributes:
+        id: of the advisory.
+        severity: of ``catalogue.SEVERITIES``.
+        summary: what it is.
+        held: what keeps an attacker away from it; empty: only a newer vLLM does.
+        fixed_in: first release without it; empty: none is known.
+    """
+
+    id: str
+    severity: str
+    summary: str
+    held: str
+    fixed_in: str
+
+
+@dataclass(frozen=True)
 class View:
     """Everything that is told about one resource.
 
@@ -160,6 +180,7 @@ class View:
         refused: number of vLLM's routes that do not pass.
         never: how many of them no spec can open.
         risks: what the spec gives up.
+        advisories: published holes that concern the spec, worst first.
         unseen: what no NetworkPolicy sees.
     """
 
@@ -179,6 +200,7 @@ class View:
     refused: int
     never: int
     risks: tuple[str, ...]
+    advisories: tuple[Advisory, ...] = ()
     unseen: tuple[BlindSpot, ...] = UNSEEN
 
 
@@ -197,6 +219,7 @@ def view(owner: Owner, accepted: Accepted, context: Context) -> View:
     groups = tuple(_groups(topology))
     flows = tuple(_flows(topology, owner.namespace))
     risks = tuple(map(_line, accepted.risks))
+    advisories = tuple(map(_advisory, accepted.advisories))
     return View(
         name=_line(owner.name),
         namespace=_line(owner.namespace),
@@ -205,7 +228,10 @@ def view(owner: Owner, accepted: Accepted, context: Context) -> View:
         version=str(accepted.version),
         url=_line(gateway.url(owner, spec, context)),
         suspended=spec.suspend,
-        summary=_summary(owner, spec, groups=groups, flows=flows, passing=passing, risks=risks),
+        summary=(
+            *_summary(owner, spec, groups=groups, flows=flows, passing=passing, risks=risks),
+            _published(advisories),
+        ),
         pods=tuple(Pods(item.role.value, item.replicas) for item in topology.pods),
         groups=groups,
         sockets=topology.sockets,
@@ -214,7 +240,14 @@ def view(owner: Owner, accepted: Accepted, context: Context) -> View:
         refused=len(known) - sum((route.method, route.path) in known for route in passing),
         never=sum(route.never or route.method == catalogue.WEBSOCKET for route in known.values()),
         risks=risks,
+        advisories=advisories,
     )
+
+
+def _advisory(hit: Hit) -> Advisory:
+    found = hit.advisory
+    held = catalogue.CONTROLS[hit.control] if hit.control else ""
+    return Advisory(found.id, found.severity, found.summary, held, str(found.fixed or ""))
 
 
 def _groups(topology: Topology) -> Iterator[Groups]:
@@ -372,9 +405,23 @@ def _outsiders(flows: Iterable[Flow], kind: Outside) -> list[Peer]:
     return list(dict.fromkeys(peer for flow in flows if flow.source == kind for peer in flow.peers))
 
 
-def count(number: int, noun: str) -> str:
-    """A number of things."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+def _published(advisories: tuple[Advisory, ...]) -> Fact:
+    bare = sum(not item.held for item in advisories)
+    if not advisories:
+        return Fact("Published holes", "none that the catalogue knows")
+    told = f"{count(len(advisories), 'advisory', 'advisories')}, {bare or 'none'} without a control; listed below"
+    return Fact("Published holes", told, open=bare > 0)
+
+
+def concern(advisory: Advisory) -> str:
+    """What keeps an attacker away, and which release fixes it."""
+    fixed = f"vLLM {advisory.fixed_in} fixes it" if advisory.fixed_in else "no fixed vLLM is known"
+    return f"{advisory.held or 'nothing here keeps an attacker away'}; {fixed}"
+
+
+def count(number: int, noun: str, nouns: str = "") -> str:
+    """A number of things; ``nouns``: their plural, when it does not end in s alone."""
+    return f"{number} {noun}" if number == 1 else f"{number} {nouns or f'{noun}s'}"
 
 
 def _is_declared(flow: Flow) -> bool:
