@@ -253,7 +253,7 @@ def test_a_port_in_use_is_named_with_the_way_out(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "securevllm", "run", "--kubeconfig", str(kubeconfig)]
         done = subprocess.run(  # noqa: S603 - our own program
             [*command, "--http-host", "127.0.0.1", "--http-port", port],
-            capture_output=True, text=True, check=False, timeout=30, env={"PYTHONPATH": str(ROOT / "operator")},
+            capture_output=True, text=True, check=False, timeout=180, env={"PYTHONPATH": str(ROOT / "operator")},
         )  # fmt: skip
     assert done.returncode == 1
     assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
