@@ -500,7 +500,7 @@ def _one_line(words: str) -> str:
     return "".join(char if char.isprintable() else " " for char in words)
 
 
-@main.command()
+@main.command(short_help="Measure from here what of a resource can be reached.")
 @click.argument("names", metavar="[NAME]...", nargs=-1)
 @click.option("-n", "--namespace", default="default", show_default=True, help="Of the resources.")
 @click.option("-A", "--all-namespaces", is_flag=True, help="All resources of the cluster.")
