@@ -6,6 +6,7 @@ SHELL := /bin/sh
 
 PYTHON ?=#      interpreter for .venv; found by itself when empty
 TIERS ?=#       tiers of `make test`; all when empty
+ON ?=#          of `make demo`: nodes or hollow; nodes where they can start at once when empty
 
 BIN := .venv/bin
 INSTALLED := .venv/.installed
@@ -19,8 +20,8 @@ help:
 ##@ Two commands
 
 .PHONY: demo
-demo: setup ## bring up a cluster, install, apply the quickstart, send five requests, clean up; KEEP=1 stays up
-	@$(BIN)/python -m e2e.demo $(if $(KEEP),--keep)
+demo: setup ## a cluster, the operator, the quickstart, requests, on real nodes an attacker; cleans up; KEEP=1 stays up
+	@$(BIN)/python -m e2e.demo $(if $(KEEP),--keep) $(if $(ON),--on $(ON))
 
 .PHONY: test
 test: setup ## all test tiers but e2e and a summary; TIERS="unit golden" runs only those

@@ -24,12 +24,12 @@ ARTEFACTS = Path(__file__).resolve().parents[1] / "build" / "e2e"
 def cluster() -> Iterator[Cluster]:
     """Run a cluster with two nodes that know the project's images, or use the one that SVLLM_KUBECONFIG names."""
     if ours := _started_by_hand():
-        _load_images(ours)
+        images.load(ours, _tell)
         yield ours
         return
     with running(progress=_tell, node_count=2) as own:
         if own.provider != "kubeconfig":  # there, images are where its owner has put them
-            _load_images(own)
+            images.load(own, _tell)
         yield own
 
 
@@ -84,13 +84,6 @@ def _started_by_hand() -> Cluster | None:
     given = os.environ.get("SVLLM_KUBECONFIG")
     found = (load(name) for name in lifecycle.names()) if given else ()
     return next((cluster for cluster in found if cluster and str(cluster.kubeconfig) == given), None)
-
-
-def _load_images(cluster: Cluster) -> None:
-    for image in images.every():
-        _tell(f"loading {image.name}")
-        image.prepare(_tell)
-        cluster.load_images([image])
 
 
 def _tell(line: str) -> None:

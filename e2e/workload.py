@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from e2e import images
 from e2e.cluster.kubectl import Kubectl, KubectlError, kustomize
@@ -33,6 +33,13 @@ except urllib.error.HTTPError as error:
     answer = error
 print(json.dumps([answer.status, answer.read().decode()]))
 """
+
+
+class Waiter(Protocol):
+    """Waits as `until` does, and may tell a person meanwhile."""
+
+    def __call__(self, look: Callable[[], T | None], what: str, /) -> T:
+        """Look until something is there, and return it."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +77,26 @@ class Pod:
     def run(self, *command: str) -> str:
         """Run a program in the pod and return what it prints."""
         return self.kubectl("exec", f"--namespace={self.namespace}", self.name, "--", *command)
+
+
+def until(look: Callable[[], T | None], what: str, seconds: float = 120.0) -> T:
+    """Look until something is there.
+
+    Raises:
+        AssertionError: Not within `seconds`; with the last error of kubectl, if that was the reason.
+    """
+    deadline = time.monotonic() + seconds
+    while True:
+        refused = ""
+        try:
+            found = look()
+        except KubectlError as error:
+            found, refused = None, f": {error}"
+        if found is not None and found is not False:
+            return found
+        if time.monotonic() > deadline:
+            raise AssertionError(f"not seen within {seconds:.0f} s: {what}{refused}")
+        time.sleep(0.2)
 
 
 def reach_all(wanted: Mapping[Pod, Sequence[str]]) -> dict[Pod, dict[str, str]]:
@@ -120,26 +147,6 @@ class Cells:
         return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
-def until(look: Callable[[], T | None], what: str, seconds: float = 120.0) -> T:
-    """Look until something is there.
-
-    Raises:
-        AssertionError: Not within `seconds`; with the last error of kubectl, if that was the reason.
-    """
-    deadline = time.monotonic() + seconds
-    while True:
-        refused = ""
-        try:
-            found = look()
-        except KubectlError as error:
-            found, refused = None, f": {error}"
-        if found is not None and found is not False:
-            return found
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not seen within {seconds:.0f} s: {what}{refused}")
-        time.sleep(0.2)
-
-
 @contextmanager
 def new_namespace(kubectl: Kubectl, prefix: str = "test", **labels: str) -> Iterator[str]:
     """Give a namespace with a fresh name: one that is still terminating gives odd network results."""
@@ -153,10 +160,10 @@ def new_namespace(kubectl: Kubectl, prefix: str = "test", **labels: str) -> Iter
         kubectl("delete", "namespace", name, "--wait=false")
 
 
-def start_pods(kubectl: Kubectl, wanted: Sequence[tuple[str, str, str]]) -> list[Pod]:
+def start_pods(kubectl: Kubectl, wanted: Sequence[tuple[str, str, str]], wait: Waiter = until) -> list[Pod]:
     """Start pods, each given as namespace, name and node, and return them when all are ready."""
     kubectl("apply", "--filename=-", stdin=_list([_pod(*one) for one in wanted]))
-    return [_ready_pod(kubectl, namespace, name) for namespace, name, _ in wanted]
+    return [_ready_pod(kubectl, namespace, name, wait) for namespace, name, _ in wanted]
 
 
 def policy(name: str, namespace: str, spec: dict[str, Any]) -> dict[str, Any]:
@@ -183,16 +190,25 @@ def advertise_gpus(kubectl: Kubectl, nodes: Iterable[str]) -> None:
         kubectl("patch", "node", node, "--subresource=status", "--type=merge", f"--patch={capacity}")
 
 
-def install_operator(kubectl: Kubectl) -> None:
-    """Apply `manifests/install` and return when the operator is available."""
+def install_operator(kubectl: Kubectl, wait: Waiter = until, *, as_pods: bool = True) -> None:
+    """Apply `manifests/install` and return when the operator is available.
+
+    Args:
+        kubectl: With an administrator's rights.
+        wait: Tells what is waited for.
+        as_pods: Otherwise the Deployment is left out: there are no nodes, and somebody runs the operator by hand.
+    """
     objects = kustomize(images.ROOT / "manifests" / "install")
+    if not as_pods:
+        objects = [item for item in objects if item["kind"] != "Deployment"]
     first = [item for item in objects if item["kind"] in {"Namespace", "CustomResourceDefinition"}]
     apply(kubectl, *first)
     for item in first:
         if item["kind"] == "CustomResourceDefinition":
-            _until_condition(kubectl, "Established", "crd", item["metadata"]["name"])
+            _until_condition(kubectl, wait, "Established", "crd", item["metadata"]["name"])
     apply(kubectl, *[item for item in objects if item not in first])
-    _until_condition(kubectl, "Available", f"--namespace={OPERATOR}", "deployment", OPERATOR)
+    if as_pods:
+        _until_condition(kubectl, wait, "Available", f"--namespace={OPERATOR}", "deployment", OPERATOR)
 
 
 def condition(item: dict[str, Any], kind: str) -> bool | None:
@@ -232,16 +248,16 @@ def pods_of(kubectl: Kubectl, namespace: str, role: str) -> list[dict[str, Any]]
     return items
 
 
-def _until_condition(kubectl: Kubectl, kind: str, *what: str) -> None:
-    until(lambda: condition(kubectl.get(*what), kind), f"{' '.join(what)} is {kind}")
+def _until_condition(kubectl: Kubectl, wait: Waiter, kind: str, *what: str) -> None:
+    wait(lambda: condition(kubectl.get(*what), kind), f"{' '.join(what)} is {kind}")
 
 
-def _ready_pod(kubectl: Kubectl, namespace: str, name: str) -> Pod:
+def _ready_pod(kubectl: Kubectl, namespace: str, name: str, wait: Waiter) -> Pod:
     def look() -> Pod | None:
         item = kubectl.get(f"--namespace={namespace}", "pod", name)
         return Pod(kubectl, namespace, name, item["status"]["podIP"]) if condition(item, "Ready") else None
 
-    return until(look, f"pod {namespace}/{name} is ready")
+    return wait(look, f"pod {namespace}/{name} is ready")
 
 
 def _pod(namespace: str, name: str, node: str) -> dict[str, Any]:

@@ -6,7 +6,7 @@ BEGIN {
   print "Secure vLLM Operator"
 }
 /^##@ / { printf "\n%s%s%s\n", bold, substr($0, 5), plain }
-/^[a-z-]+:.* ## / {
+/^[a-z0-9-]+:.* ## / {
   target = $0
   sub(/:.*/, "", target)
   sub(/^.* ## /, "")

@@ -197,10 +197,10 @@ def build(names: Iterable[str], progress: Progress) -> None:
     Raises:
         ClusterError: No usable Go, not enough disk, or a failed build.
     """
+    if built(names := list(names)):
+        return
     wanted = [name for name in PROGRAMS if name in set(names)]
     components = dict.fromkeys(PROGRAMS[name].component for name in wanted)
-    if not _missing(wanted) and not any(_unshared(component) for component in components):
-        return
     folder = cache_folder()
     with locked(folder / ".build.lock", lambda: progress(f"another build is running ({folder}): waiting for it")):
         began = time.monotonic()
@@ -214,6 +214,12 @@ def build(names: Iterable[str], progress: Progress) -> None:
             _go_build(go, name, missing[index + 1 :], progress)
         if len(missing) > 1:
             progress(f"built {', '.join(missing)} in {time.monotonic() - began:.0f} s")
+
+
+def built(names: Iterable[str]) -> bool:
+    """Tell whether the cache has all of `names` (keys of `PROGRAMS`), with what they read when they run."""
+    names = list(names)
+    return not _missing(names) and not any(_unshared(PROGRAMS[name].component) for name in names)
 
 
 def _missing(names: Iterable[str]) -> list[str]:

@@ -45,7 +45,7 @@ def check_machine() -> None:
     Raises:
         ClusterError: Not Linux, or not root; with the alternative.
     """
-    if platform.system() != "Linux" or os.geteuid() != 0:
+    if not _is_linux_root():
         raise ClusterError(
             "nodes of our own need Linux and root (namespaces, cgroups, BPF): run this as root, or start Docker and put"
             " kind on PATH, or give a cluster made for tests: SVLLM_KUBECONFIG=/path/to/kubeconfig"
@@ -63,6 +63,15 @@ def prepare(cni: Cni, progress: Progress) -> None:
     binaries.build([name for name in binaries.NODE_PROGRAMS if name not in without], progress)
     for image in images.base():
         image.prepare(progress)
+
+
+def at_once() -> bool:
+    """Tell whether nodes can start here now: Linux, root, and nothing that has to be installed or built before."""
+    return (
+        _is_linux_root()
+        and not packages.missing(cilium=True)
+        and binaries.built((*binaries.CONTROL_PLANE, *binaries.NODE_PROGRAMS))
+    )
 
 
 def members(folder: Path, plan: Plan, cni: Cni) -> list[Node]:
@@ -166,6 +175,10 @@ def load_archive(nodes: Iterable[Node], file: Path) -> None:
             images.load(str(file), lambda out: shutil.copyfileobj(archive, out), node.ctr)
 
     _for_each(list(nodes), one)
+
+
+def _is_linux_root() -> bool:
+    return platform.system() == "Linux" and os.geteuid() == 0
 
 
 def _switch(folder: Path) -> Path:
