@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
+BY_HAND = "<!-- not generated from here on -->"
+"""Divides a page."""
+
 HEADER = ("what", "n", "p50", "p99", "unit", "goal", "")
 
 
@@ -87,6 +90,12 @@ operator and Envoy share these processors, so the figures are upper bounds of th
 
 {told}
 """
+
+
+def by_hand(page: str) -> str:
+    """Return what somebody wrote below the generated part of a page; it is kept."""
+    _, mark, below = page.partition(BY_HAND)
+    return f"\n{mark}{below}" if mark else ""
 
 
 def machine() -> str:

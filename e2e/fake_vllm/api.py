@@ -9,9 +9,11 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import itertools
 import json
 import re
 import secrets
+import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -129,19 +131,22 @@ class Api:
             return _error(500, "InternalServerError", f"KV load failed: {error}")
         self._served += 1
         limit = body.get("max_completion_tokens") or body.get("max_tokens") or len(_WORDS)
-        words = _WORDS[: int(limit)]
+        # As in vLLM: only who asks for it gets text beyond the end, and then as much as was asked for.
+        endless = itertools.cycle(_WORDS) if body.get("ignore_eos") else _WORDS
+        words = tuple(itertools.islice(endless, int(limit)))
         base: dict[str, Any] = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{uuid.uuid4().hex}",
             "object": "chat.completion" if chat else "text_completion",
             "created": int(time.time()),
             "model": self._names[0],
+            "system_fingerprint": socket.gethostname(),  # which pod it was
         }
         usage = {"prompt_tokens": 1, "completion_tokens": len(words), "total_tokens": 1 + len(words)}
         if body.get("stream"):
             with_usage = (body.get("stream_options") or {}).get("include_usage")
             events = _events(base, words, chat=chat, usage=usage if with_usage else None)
             return web.Answer(content_type="text/event-stream; charset=utf-8", parts=events)
-        reason = "stop" if len(words) == len(_WORDS) else "length"
+        reason = "stop" if words == _WORDS else "length"
         text = "".join(words)
         said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}
         answer = base | {"choices": [{"index": 0, **said, "finish_reason": reason}], "usage": usage}
