@@ -63,6 +63,7 @@ def show(stack: ExitStack, tell: Teller, *, keep: bool) -> None:
     except DemoError as error:
         raise DemoError(f"{error}\nlast lines of the operator's log:\n{_tail(log)}") from error
     scenes.tree(service, tell)
+    tell.line("Isolated is not True here: nothing enforces the policies, and the operator measures what there is")
     gateway = Gateway(service.address("gateway"), service.host, service.authority())
     scenes.requests(service, tell, gateway.ask, "from this machine")
     scenes.policy_deleted(service, tell)
@@ -153,8 +154,8 @@ def _next(tell: Teller, cluster: Cluster, name: str, *, keep: bool) -> None:
         ]
     else:
         lines = [
-            f"securevllm render -f {scenes.SAMPLE}      every object, without a cluster",
-            "kubectl apply -k manifests/install                   on a cluster of yours",
-            "make demo KEEP=1                                     the same, and it stays up for you to look at",
+            f"securevllm render -f {scenes.SAMPLE}   every object, without a cluster",
+            "kubectl apply -k manifests/install                      on a cluster of yours",
+            "make demo KEEP=1                                        the same, and it stays up for you to look at",
         ]
     tell.text("\n".join(lines))

@@ -214,9 +214,9 @@ def _next(tell: Teller, cluster: Cluster, service: Service, *, keep: bool) -> No
         ]
     else:
         lines = [
-            f"securevllm explain -f {scenes.SAMPLE}     who may talk to whom, and why",
-            "kubectl apply -k manifests/install                   on a cluster of yours",
-            "make demo KEEP=1                                     the same, and it stays up for you to look at",
-            "make e2e                                             every attack that is tested, as tables",
+            f"securevllm explain -f {scenes.SAMPLE}   who may talk to whom, and why",
+            "kubectl apply -k manifests/install                       on a cluster of yours",
+            "make demo KEEP=1                                         the same, and it stays up for you to look at",
+            "make e2e                                                 every attack that is tested, as tables",
         ]
     tell.text("\n".join(line for line in lines if line))
