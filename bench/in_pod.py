@@ -53,9 +53,9 @@ def dial(target: str) -> None:
 class Gateway:
     """A connection to one gateway that is opened again when it is lost."""
 
-    def __init__(self, address: str, host: str, authority: str) -> None:
+    def __init__(self, address: str, port: int, host: str, authority: str) -> None:
         """See `ask`."""
-        self._address, self._host = address, host
+        self._address, self._host = (address, port), host
         self._trust = ssl.create_default_context(cadata=authority)
         self._connection: http.client.HTTPSConnection | None = None
 
@@ -63,7 +63,7 @@ class Gateway:
         """Send one request; the answer's body is not read yet."""
         if self._connection is None:
             self._connection = http.client.HTTPSConnection(self._host, timeout=30)
-            raw = socket.create_connection((self._address, 8443), timeout=10)
+            raw = socket.create_connection(self._address, timeout=10)
             self._connection.sock = self._trust.wrap_socket(raw, server_hostname=self._host)
         self._connection.request(method, path, body=body, headers=headers)
         return self._connection.getresponse()
@@ -77,7 +77,7 @@ class Gateway:
 
 def ask(item: dict) -> None:  # type: ignore[type-arg]
     """Send a request again and again; tell each answer that differs from the one before, or each one there is."""
-    gateway = Gateway(item["address"], item["host"], item["authority"])
+    gateway = Gateway(item["address"], item["port"], item["host"], item["authority"])
     before = None
     while True:
         began = time.time()
@@ -100,7 +100,7 @@ def ask(item: dict) -> None:  # type: ignore[type-arg]
 
 def stream(item: dict) -> None:  # type: ignore[type-arg]
     """Read one stream after the other to its end; tell of each whether it came to one."""
-    gateway = Gateway(item["address"], item["host"], item["authority"])
+    gateway = Gateway(item["address"], item["port"], item["host"], item["authority"])
     while True:
         began, last = time.time(), b""
         try:

@@ -282,6 +282,7 @@ def _asks(lab: Lab) -> dict[str, Any]:
     """What all requests to the gateways have in common."""
     return {
         "host": f"{NAME}-gateway.{lab.namespace}.svc",
+        "port": 8443,
         "authority": secret(lab.kubectl, lab.namespace, f"{NAME}-gateway-tls")["ca.crt"],
         "every": False,
         "pause": 0.02,
