@@ -256,7 +256,8 @@ def _judge_members(group: Group, memory: GroupMemory, now: float, startup: float
     gates = () if alone else tuple(fit and all(ready[:rank] + ready[rank + 1 :]) for rank in range(len(world)))
     judged = Judgement(group.name, State.BROKEN, current, memory=memory, gates=gates, why=why)
     if why:
-        due = memory.since + backoff(memory.restarts)
+        # A start in the future is the work of a wrong clock: to wait for it could take months.
+        due = memory.since + backoff(memory.restarts) if memory.since <= now else now
         return replace(judged, message=f"{group.name} is broken: {why}.", look=due)
     if fit and all(ready):
         return _whole(judged, memory, living, now)

@@ -195,6 +195,13 @@ def step(seen: Group, now: int = NOW) -> Step:
             id="back-off-20-s-over",
         ),
         pytest.param(
+            group(member(0), member(1, restarted="ended"), restarts=2, since=NOW + 86400),
+            State.BROKEN,
+            Step.RESTART,
+            "ended",
+            id="started-tomorrow-by-a-clock-that-was-wrong",
+        ),
+        pytest.param(
             group(member(0, template=OLD), member(1, template=OLD), template=OLD),
             State.WHOLE,
             Step.ROLL,

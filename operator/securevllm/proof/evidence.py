@@ -180,7 +180,8 @@ class Evidences:
         return shown if same and self._age(shown) < _TELL_AGAIN else proof.verified_at
 
     def _age(self, moment: str) -> timedelta:
+        """Without a sign: a moment that a wrong clock put into the future must not count as young until it has come."""
         try:
-            return self._now().astimezone(UTC) - datetime.fromisoformat(moment)
+            return abs(self._now().astimezone(UTC) - datetime.fromisoformat(moment))
         except ValueError:
             return timedelta.max
