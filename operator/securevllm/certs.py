@@ -104,6 +104,15 @@ def renewal(content: Data) -> datetime:
     return begin + (end - begin) * _RENEW_AT
 
 
+def expiry(content: Data) -> datetime:
+    """When the certificate ends.
+
+    Raises:
+        ValueError: there is none.
+    """
+    return x509.load_pem_x509_certificate(content.get(CERTIFICATE, b"")).not_valid_after_utc
+
+
 def _usable(current: Data, signer: _Pair, names: tuple[str, ...], now: datetime) -> bool:
     try:
         certificate = _load(current).certificate

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from securevllm import certs
@@ -15,8 +17,6 @@ from securevllm.errors import ApiError, ForeignObject
 from securevllm.render import Generated, Made, engine, generated
 
 if TYPE_CHECKING:
-    from datetime import datetime
-
     from securevllm.api.kinds import KubeObject
     from securevllm.api.parse import Accepted
     from securevllm.children import Children
@@ -81,6 +81,9 @@ class Generator:
             match item.made:
                 case Made.ENGINE_KEY:
                     wanted = {name: value for name, value in (data or {}).items() if value}
+                    if engine.KEY not in wanted:
+                        # The Secret may be older: a key that was taken out is made anew, and the seal stays.
+                        wanted[engine.MADE] = self._now().strftime("%Y-%m-%dT%H:%M:%SZ").encode()
                     for name in (engine.KEY, engine.SEAL, engine.PROBER):
                         wanted.setdefault(name, certs.token().encode())
                 case Made.CLIENT_KEYS:
@@ -93,6 +96,17 @@ class Generator:
             return {name: base64.b64encode(value).decode() for name, value in wanted.items()}
 
         return content
+
+
+def key_made(secret: KubeObject) -> float | None:
+    """When the engines' key was made, unix seconds: it says so, or it is as old as its Secret; None: there is none."""
+    data = decode(secret)
+    if not data.get(engine.KEY):
+        return None
+    for told in (data.get(engine.MADE, b"").decode("ascii", "replace"), secret["metadata"]["creationTimestamp"]):
+        with contextlib.suppress(ValueError):
+            return datetime.fromisoformat(told).timestamp()
+    return None
 
 
 def decode(secret: KubeObject) -> dict[str, bytes]:

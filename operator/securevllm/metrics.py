@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
+
+if TYPE_CHECKING:
+    from securevllm.status import Figures
 
 STATUSES = ("True", "False", "Unknown")
 
@@ -116,6 +120,24 @@ class Metrics:
             ("namespace", "name"),
             registry=self.registry,
         )
+        self._wider = Gauge(
+            "securevllm_foreign_policies_wider",
+            "NetworkPolicies of others that open what the topology of a SecureVLLMDeployment closes.",
+            ("namespace", "name"),
+            registry=self.registry,
+        )
+        self._key = Gauge(
+            "securevllm_engine_key_created_timestamp_seconds",
+            "Unix time at which the API key of the engines of a SecureVLLMDeployment was made.",
+            ("namespace", "name"),
+            registry=self.registry,
+        )
+        self._ends = Gauge(
+            "securevllm_gateway_certificate_expiration_timestamp_seconds",
+            "Unix time at which the certificate of the gateways of a SecureVLLMDeployment expires.",
+            ("namespace", "name"),
+            registry=self.registry,
+        )
         Gauge(
             "securevllm_build_info", "Version of the operator; always 1.", ("version",), registry=self.registry
         ).labels(version).set(1)
@@ -174,8 +196,22 @@ class Metrics:
         """Set all conditions of a resource: condition type to ``True``, ``False`` or ``Unknown``."""
         self._conditions.statuses[namespace, name] = dict(statuses)
 
+    def set_figures(self, namespace: str, name: str, figures: Figures) -> None:
+        """Set what is told of a resource in numbers; what is not known is not shown."""
+        told = ((self._wider, figures.wider), (self._key, figures.key_made), (self._ends, figures.certificate_ends))
+        for gauge, value in told:
+            if value is not None:
+                gauge.labels(namespace, name).set(value)
+            else:
+                _remove(gauge, namespace, name)
+
     def forget(self, namespace: str, name: str) -> None:
-        """Remove the conditions of a resource that is gone."""
+        """Remove what was told of a resource that is gone."""
         self._conditions.statuses.pop((namespace, name), None)
-        with contextlib.suppress(KeyError):
-            self._verified.remove(namespace, name)
+        for gauge in (self._verified, self._wider, self._key, self._ends):
+            _remove(gauge, namespace, name)
+
+
+def _remove(gauge: Gauge, namespace: str, name: str) -> None:
+    with contextlib.suppress(KeyError):
+        gauge.remove(namespace, name)

@@ -37,7 +37,7 @@ from securevllm.proof.dial import Listener, accepting
 from securevllm.proof.evidence import Evidences
 from securevllm.proof.others import Others
 from securevllm.proof.prober import Prober
-from securevllm.reconcile import Key, Reconciler
+from securevllm.reconcile import Key, Reconciler, Told
 from securevllm.render.meta import DENY_NAME, INSTANCE, MANAGED_BY, SECRET_LABEL
 from securevllm.store import Store, Watched
 from securevllm.watch import Watcher
@@ -46,6 +46,7 @@ from securevllm.workqueue import WorkQueue
 if TYPE_CHECKING:
     from securevllm.api.kinds import KubeObject
     from securevllm.settings import Settings
+    from securevllm.status import Figures
 
 logger = structlog.stdlib.get_logger(__name__)
 
@@ -193,7 +194,7 @@ class _Process:
             evidences=Evidences(self.store, self.prober, settings.context, _now, canary_pods=settings.canary_pods),
             now=_now,
             monotonic=boot_clock,
-            conditions=_told(metrics),
+            told=_told(metrics),
         )
         self.queue: WorkQueue[Key] = WorkQueue(reconciler, observer=metrics)
         self._metrics = metrics
@@ -324,12 +325,14 @@ def _canary(settings: Settings) -> Listener:
         ) from error
 
 
-def _told(metrics: Metrics) -> Callable[[str, str, Mapping[str, str] | None], None]:
-    def told(namespace: str, name: str, statuses: Mapping[str, str] | None) -> None:
+def _told(metrics: Metrics) -> Told:
+    def told(namespace: str, name: str, statuses: Mapping[str, str] | None, figures: Figures | None) -> None:
         if statuses is None:
             metrics.forget(namespace, name)
-        else:
-            metrics.set_conditions(namespace, name, statuses)
+            return
+        metrics.set_conditions(namespace, name, statuses)
+        if figures is not None:
+            metrics.set_figures(namespace, name, figures)
 
     return told
 

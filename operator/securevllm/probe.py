@@ -29,10 +29,10 @@ from securevllm.proof import report
 from securevllm.proof.canaries import Canaries
 from securevllm.proof.dial import dial
 from securevllm.proof.foreign import holding
-from securevllm.proof.measure import Answers, Point, beside_listeners, canary_point, sampled
+from securevllm.proof.measure import Answers, Point, beside_listeners, canary_place, canary_point, sampled
 from securevllm.proof.prober import HELD_BACK
 from securevllm.proof.report import Report
-from securevllm.proof.targets import LIMITS, Endpoint, endpoints
+from securevllm.proof.targets import LIMITS, Endpoint, Place, endpoints, left_out
 from securevllm.proof.verdict import Round, Sample, judge
 from securevllm.proof.wire import Reach, Target
 from securevllm.render import accepted as kept
@@ -265,11 +265,12 @@ class _Measurement:
         topology = plan(accepted.spec, Context())
         pods = await self._pods(topology)
         found = endpoints(topology, pods)
+        limits = (*LIMITS, *left_out(topology, found, self._places(accepted)))
         vantages = (report.SAME_NAMESPACE, *map(report.other_namespace, self._elsewhere))
         base = Round(
             questions=(),
             targets=len({item.pod for item in found}),
-            limits=LIMITS,
+            limits=limits,
             complete=True,
             vantages=vantages,
         )
@@ -284,7 +285,7 @@ class _Measurement:
                 ]
             lacking = await self._holding(rounds)
             seen = replace(
-                report.merged([replace(one, questions=(), targets=base.targets, limits=LIMITS, vantages=vantages)
+                report.merged([replace(one, questions=(), targets=base.targets, limits=limits, vantages=vantages)
                                for one in rounds])
             )  # fmt: skip
             seen = replace(seen, lacking=(*seen.lacking, *lacking))
@@ -298,6 +299,15 @@ class _Measurement:
             *([_NOT_ASKED] if found else []),
         ]
         return Report(self._owner.namespace, self._owner.name, proof, report.rows(seen, topology), tuple(notes))
+
+    def _places(self, accepted: Accepted) -> dict[str, Place]:
+        """Vantage points by name, but this machine: what nobody tries from anywhere else would be told twice."""
+        names = {report.SAME_NAMESPACE: self._owner.namespace}
+        names |= {report.other_namespace(namespace): namespace for namespace in self._elsewhere}
+        return {name: canary_place(self._maker(accepted, "", namespace)) for name, namespace in names.items()}
+
+    def _maker(self, accepted: Accepted, image: str, namespace: str) -> canary.Maker:
+        return canary.Maker(self._owner, accepted.spec, image, namespace, canary.PROBE_MANAGER)
 
     async def _accepted(self) -> tuple[Accepted, list[str]]:
         """The spec that runs: this one, or when it was refused the one before."""
@@ -368,22 +378,21 @@ class _Measurement:
         self, accepted: Accepted, topology: Topology, part: Sequence[Endpoint], image: str, cache: _Seen
     ) -> Round:
         def canaries(namespace: str) -> Canaries:
-            maker = canary.Maker(self._owner, accepted.spec, image, namespace, canary.PROBE_MANAGER)
-            return Canaries(self._kubernetes, cache, maker, _left_over)
+            return Canaries(self._kubernetes, cache, self._maker(accepted, image, namespace), _left_over)
 
         async def steady(tried: Iterable[tuple[Endpoint, Reach]], vantage: str) -> tuple[Sample, ...]:
             return sampled(tried, vantage, endpoints(topology, await self._live()))
 
         async with AsyncExitStack() as stack:
             own = await stack.enter_async_context(canaries(self._owner.namespace))
-            points = [self._told(Point(report.HERE, self._from_here))]
+            points = [self._told(Point(report.HERE, self._from_here, _ANYWHERE))]
             points.append(self._told(canary_point(report.SAME_NAMESPACE, own)))
             for namespace in self._elsewhere:
                 there = await stack.enter_async_context(canaries(namespace))
                 points.append(self._told(canary_point(report.other_namespace(namespace), there)))
             nodes = sorted({item.node for item in part})
             self._tell(f"starting a listener on {', '.join(nodes)}")
-            measured = await beside_listeners(own, part, points, steady)
+            measured = await beside_listeners(own, part, topology, points, steady)
             self._tell("removing the canary pods")
         return measured
 
@@ -392,7 +401,7 @@ class _Measurement:
             self._tell(f"trying {len(targets)} sockets from {point.name}")
             return await point.reach(targets, beside)
 
-        return Point(point.name, reach)
+        return replace(point, reach=reach)
 
     async def _from_here(self, targets: Sequence[Target], beside: Sequence[Target]) -> Answers:
         """From this machine, where it reaches the pod network.
@@ -425,6 +434,10 @@ class _Measurement:
             return []
         names = holding(self._owner.namespace, canary.labels(self._owner, canary.PROBE_MANAGER), policies)
         return [HELD_BACK.format(", ".join(names))] if names else []
+
+
+_ANYWHERE = Place(None, beside=True, labels={})
+"""This machine may be a pod, and nobody says which."""
 
 
 def _left_over(pod: KubeObject) -> bool:

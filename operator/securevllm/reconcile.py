@@ -10,6 +10,7 @@ reconciled instead.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import structlog
 
-from securevllm import topology
+from securevllm import certs, topology
 from securevllm.api import bounds, kinds
 from securevllm.api.guard.pod import network_devices
 from securevllm.api.kinds import KubeObject, Ref
@@ -26,7 +27,7 @@ from securevllm.api.units import seconds
 from securevllm.children import Children, Outcome, failed
 from securevllm.errors import ApiError, Conflict, InternalError, NotFound, Problem, SpecError
 from securevllm.gateways import ReadBack
-from securevllm.generate import Generator, Secrets, decode
+from securevllm.generate import Generator, Secrets, decode, key_made
 from securevllm.isolation import DefaultDeny
 from securevllm.log import register_secret
 from securevllm.render import Made, Observed, Rendered, accepted, engine, fetch, gateway, keys, router
@@ -34,7 +35,7 @@ from securevllm.render import render as render_resource
 from securevllm.render.closing import closed
 from securevllm.render.meta import ISOLATION, RESTART_ANNOTATION, Owner
 from securevllm.rollout import Look, Rollout
-from securevllm.status import Facts, Fetch, Workload, status, transitions
+from securevllm.status import Facts, Fetch, Figures, Workload, status, transitions
 from securevllm.status import fetch as read_fetch
 from securevllm.status import workload as read_workload
 
@@ -58,6 +59,10 @@ _PRUNED_LATE = frozenset({kinds.CONFIG_MAP, kinds.SECRET, kinds.SERVICE_ACCOUNT}
 """What pods refer to stays until no pod of an older template is left. Claims and generated Secrets stay for good."""
 
 _OF_A_GROUP = (kinds.NETWORK_POLICY, kinds.SERVICE)
+
+
+Told = Callable[[str, str, Mapping[str, str] | None, Figures | None], None]
+"""Namespace and name of a resource, condition type to status, and what is told in numbers."""
 
 
 class Key(NamedTuple):
@@ -103,7 +108,7 @@ class Reconciler:
         monotonic: clock for pauses, seconds.
         claims: which resources are this installation's.
         evidences: of isolation.
-        conditions: told the conditions of every resource, and None when it is gone (metrics).
+        told: the conditions and figures of every resource, and None when it is gone (metrics).
     """
 
     def __init__(
@@ -118,10 +123,10 @@ class Reconciler:
         evidences: Evidences,
         now: Callable[[], datetime],
         monotonic: Callable[[], float],
-        conditions: Callable[[str, str, Mapping[str, str] | None], None] = lambda *_: None,
+        told: Told = lambda *_: None,
     ) -> None:
         self._kubernetes, self._cache, self._context = kubernetes, cache, context
-        self._bounds, self._now, self._conditions = limits, now, conditions
+        self._bounds, self._now, self._told = limits, now, told
         self._claims, self._evidences = claims, evidences
         self._children = Children(kubernetes, cache, monotonic)
         self._deny = DefaultDeny(kubernetes, cache, self._children, monotonic)
@@ -392,6 +397,7 @@ class Reconciler:
             failures=outcome.failures,
             missing=clients.missing + tls,
             unfetched=unfetched,
+            figures=await self._figures(owner, spec, made, evidence.wider),
         )
         # A Secret without our label is not watched: somebody who has just forgotten it will make it soon.
         missing = _LOOK_AGAIN if found.missing or found.unfetched else None
@@ -399,6 +405,19 @@ class Reconciler:
         renewal, waiting = self._generator.renewal(made), look.pause(self._now().timestamp())
         pauses = (_RESYNC, outcome.again, looked, missing, renewal, waiting, evidence.again)
         return found, min(pause for pause in pauses if pause is not None)
+
+    async def _figures(self, owner: Owner, spec: api.Spec, made: Secrets, wider: int) -> Figures:
+        """What is told in numbers; what cannot be read is left out, conditions say why."""
+        key = self._cache.get(Ref(kinds.SECRET, owner.namespace, engine.key_secret(owner)))
+        served: Mapping[str, bytes] = made.data.get(Made.TLS, {})
+        if spec.gateway.tls.secret_name is not None:
+            with contextlib.suppress(ApiError):
+                live = await self._find(Ref(kinds.SECRET, owner.namespace, spec.gateway.tls.secret_name))
+                served = decode(live) if live is not None else {}
+        ends: float | None = None
+        with contextlib.suppress(ValueError):
+            ends = certs.expiry(served).timestamp()
+        return Figures(wider, key_made(key) if key is not None else None, ends)
 
     def _decided(self, owner: Owner, wanted: Accepted, observed: Observed) -> tuple[Rendered, Look]:
         """What is rendered, with the epochs that groups have from now on."""
@@ -467,9 +486,8 @@ class Reconciler:
         if facts.lost or (facts.problems and not facts.fallback):
             # Nothing was reconciled: what was seen before is still the best that can be said.
             after = {**before, "observedGeneration": after["observedGeneration"], "conditions": after["conditions"]}
-        self._conditions(
-            metadata["namespace"], metadata["name"], {item["type"]: item["status"] for item in after["conditions"]}
-        )
+        statuses = {item["type"]: item["status"] for item in after["conditions"]}
+        self._told(metadata["namespace"], metadata["name"], statuses, facts.figures)
         if {name: before.get(name) for name in after} == after:
             return
         ref = Ref.of(resource)
@@ -489,7 +507,7 @@ class Reconciler:
         self._children.forget(key.namespace, key.name)
         self._evidences.forget(key.namespace, key.name)
         self._read_back.forget(key.namespace, key.name)
-        self._conditions(key.namespace, key.name, None)
+        self._told(key.namespace, key.name, None, None)
 
     async def _tidy(self, namespace: str) -> float | None:
         """The default-deny, unless every resource of the namespace is another installation's: then it is, too."""

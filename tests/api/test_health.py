@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING
+import time
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -62,12 +63,30 @@ def test_a_leader_and_a_standby_tell_their_state_and_metrics_end_with_the_resour
             assert found['securevllm_watch_last_event_timestamp_seconds{kind="SecureVLLMDeployment"}'] > 0
             assert found["process_resident_memory_bytes"] > 0
 
+            of = f'{{name="llama",namespace="{namespace}"}}'
+            assert 0 <= time.time() - found[f"securevllm_engine_key_created_timestamp_seconds{of}"] < 600
+            days = (found[f"securevllm_gateway_certificate_expiration_timestamp_seconds{of}"] - time.time()) / 86400
+            assert 89 < days < 91
+            assert found[f"securevllm_foreign_policies_wider{of}"] == 0
+            kube.create(everybody(namespace))
+            eventually(lambda: metrics(leader)[f"securevllm_foreign_policies_wider{of}"] == 1)
+
             kube.delete(Ref(kinds.SECURE_VLLM_DEPLOYMENT, namespace, "llama"))
             eventually(lambda: conditions(leader, namespace) == {})
             assert namespace not in leader.get("/metrics")[1]
         finally:
             assert standby.stop() == 0
         assert leader.stop() == 0
+
+
+def everybody(namespace: str) -> dict[str, Any]:
+    """A NetworkPolicy of somebody who lets everybody in."""
+    return {
+        "apiVersion": "networking.k8s.io/v1",
+        "kind": "NetworkPolicy",
+        "metadata": {"name": "everybody", "namespace": namespace},
+        "spec": {"podSelector": {}, "policyTypes": ["Ingress"], "ingress": [{}]},
+    }
 
 
 def conditions(operator: OperatorProcess, namespace: str) -> dict[str, str]:

@@ -50,6 +50,16 @@ CASES: dict[str, tuple[dict[str, Any], str, str]] = {
         "Degraded",
         "InProgress",
     ),
+    "a group is broken": (
+        resource(replace(SERVING, engine=replace(ENGINE, ready=1, broken=True, trouble="e0 is broken: it was lost."))),
+        "Degraded",
+        "InProgress",
+    ),
+    "a group starts anew": (
+        resource(replace(SERVING, engine=replace(ENGINE, ready=1, restarting=True))),
+        "Progressing",
+        "InProgress",
+    ),
     "suspended": (resource(replace(SERVING, suspended=True), suspend=True), "Suspended", "InProgress"),
     "scaled to zero": (resource(replace(SERVING, engine=facts.Workload(desired=0))), "Suspended", "InProgress"),
     "spec refused": (
@@ -78,6 +88,7 @@ def test_health(name: str) -> None:
 def test_a_message_says_what_the_condition_says() -> None:
     assert health(CASES["isolation broken while it serves"][0])[1].endswith("admission webhook said no")
     assert "spec.image" in health(CASES["spec refused"][0])[1]
+    assert health(CASES["a group is broken"][0])[1].endswith("e0 is broken: it was lost.")
     assert "https://llama-gateway" in health(CASES["serving"][0])[1]
 
 

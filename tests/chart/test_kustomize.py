@@ -47,6 +47,7 @@ VARIANTS = {
         ("admission", "monitoring"),
         [
             "monitoring.serviceMonitor.enabled=true",
+            "monitoring.enginePodMonitor.enabled=true",
             "monitoring.prometheusRule.enabled=true",
             "monitoring.dashboard.enabled=true",
         ],

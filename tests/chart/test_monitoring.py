@@ -21,6 +21,7 @@ from e2e.cluster.errors import ClusterError
 from e2e.promtool import find_or_unpack
 from securevllm import __version__
 from securevllm.metrics import Metrics
+from securevllm.status import Figures
 from tests.chart.programs import MANIFESTS, ROOT
 
 HERE = Path(__file__).parent
@@ -55,6 +56,10 @@ def exported() -> dict[str, set[str]]:
     metrics.watch_event("Pod", 1.0)
     metrics.watch_missed("Pod", 1)
     metrics.set_conditions("llm", "llama", {"Ready": "True"})
+    metrics.set_figures("llm", "llama", Figures(1, 1.0, 1.0))
+    metrics.probed("cheap", 0.1)
+    metrics.connected("silent")
+    metrics.verified("llm", "llama", 1.0)
     families = text_string_to_metric_families(generate_latest(metrics.registry).decode())
     return {sample.name: set(sample.labels) for family in families for sample in family.samples}
 

@@ -122,3 +122,34 @@ async def test_a_thousand_resources_are_measured_within_five_minutes_and_a_lapse
     assert (other.status, other.reason) == ("Unknown", "NoControl")
     # Fair: nobody had a second complete round before everybody had the first.
     assert observer.rounds[: RESOURCES // 2].count("cheap") == 0
+
+
+async def test_a_port_that_the_spec_opens_to_somebody_is_not_tried_from_there_and_that_is_told() -> None:
+    tried: list[int] = []
+
+    async def recorded(_address: str, port: int, _seconds: float) -> Reach:
+        tried.append(port)
+        return Reach.SILENT
+
+    owner, cache = Owner("llama", "apps", "uid-1"), Cache()
+    cache.pods["apps"] = [engine(owner, 0, "10.0.0.1")]
+    prober = Prober(
+        None, cache, None, Context(), now=lambda: datetime.now(UTC), monotonic=time.monotonic,  # type: ignore[arg-type]
+        changed=lambda _who: None, observer=Observer(), others=no_others, dial=recorded,
+    )  # fmt: skip
+
+    async def limits(**peers: Any) -> tuple[str, ...]:
+        raw = {"model": {"name": "/m"}, "image": "vllm/vllm-openai:v0.33.0", "security": {"metrics": {"from": peers}}}
+        spec = parse("llama", raw).spec
+        seen = Subject(owner, spec, plan(spec, Context()), Gateways(8443, "", "", ()), interval=300.0)
+        tried.clear()
+        return (await prober.round(seen, "full")).limits
+
+    told = await limits(namespaceSelector={"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}})
+    assert (tried, [limit for limit in told if "metrics" in limit]) == ([8000, 9464], [])
+    told = await limits(podSelector={})
+    assert tried == [8000, 9464]
+    assert "metrics 9464 from a canary pod of the same namespace (the spec may allow it)" in told
+    told = await limits(namespaceSelector={})
+    assert tried == [8000]
+    assert "metrics 9464 from the operator (the spec may allow it)" in told

@@ -47,6 +47,14 @@ def test_a_new_leaf_is_a_server_certificate_for_the_names() -> None:
     assert verifies(certificate, content[BUNDLE], BEGIN)
 
 
+def test_the_end_of_a_certificate_is_told_and_what_is_none_has_none() -> None:
+    content = certs.leaf(None, certs.ca(None, "ca", BEGIN), NAMES, BEGIN)
+    assert certs.expiry({CERTIFICATE: content[CERTIFICATE]}) == BEGIN + LEAF_LIFETIME
+    for wrong in ({}, {CERTIFICATE: b""}, {CERTIFICATE: b"no certificate"}):
+        with pytest.raises(ValueError, match=r"."):
+            certs.expiry(wrong)
+
+
 def test_a_leaf_is_kept_until_two_thirds_of_its_life() -> None:
     authority = certs.ca(None, "ca", BEGIN)
     content = certs.leaf(None, authority, NAMES, BEGIN)

@@ -5,6 +5,7 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from securevllm.metrics import STATUSES, Metrics
+from securevllm.status import Figures
 
 
 def samples(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
@@ -36,10 +37,26 @@ def test_of_each_condition_type_exactly_one_status_is_set() -> None:
 def test_nothing_of_a_deleted_resource_stays() -> None:
     metrics = Metrics("1.2.3")
     metrics.set_conditions("default", "llama", {"Ready": "True"})
+    metrics.set_figures("default", "llama", Figures(2, 1.0, 2.0))
+    metrics.verified("default", "llama", 3.0)
+    assert len([labels for _, labels in samples(metrics) if ("name", "llama") in labels]) == len(STATUSES) + 4
     metrics.forget("default", "llama")
     metrics.forget("default", "never-seen")
 
     assert not [labels for _, labels in samples(metrics) if ("name", "llama") in labels]
+
+
+def test_what_is_not_known_any_more_is_not_shown() -> None:
+    metrics = Metrics("1.2.3")
+    metrics.set_figures("default", "llama", Figures(0, 1.0, 2.0))
+    metrics.set_figures("default", "llama", Figures(1, 1.0, None))
+
+    labels = (("name", "llama"), ("namespace", "default"))
+    shown = {name: value for (name, where), value in samples(metrics).items() if where == labels}
+    assert shown == {
+        "securevllm_foreign_policies_wider": 1.0,
+        "securevllm_engine_key_created_timestamp_seconds": 1.0,
+    }
 
 
 def test_reconciles_requests_and_gauges_are_counted() -> None:

@@ -63,15 +63,15 @@ class Canaries:
     """
 
     def __init__(self, kubernetes: Kubernetes, cache: Cache, maker: Maker, left: Callable[[KubeObject], bool]) -> None:
-        self._kubernetes, self._cache, self._maker, self._left = kubernetes, cache, maker, left
+        self._kubernetes, self._cache, self.maker, self._left = kubernetes, cache, maker, left
         self._made: dict[str, str] = {}
         self._creating: set[asyncio.Task[KubeObject]] = set()
 
     async def __aenter__(self) -> Self:
         await self._remove(
             (pod["metadata"]["name"], pod["metadata"]["uid"])
-            for pod in self._cache.all(POD, self._maker.namespace)
-            if canary.is_canary(pod, self._maker.manager) and self._left(pod)
+            for pod in self._cache.all(POD, self.maker.namespace)
+            if canary.is_canary(pod, self.maker.manager) and self._left(pod)
         )
         return self
 
@@ -92,7 +92,7 @@ class Canaries:
         return [item for item in found if isinstance(item, Listener)], _unique(found)
 
     async def _listener(self, node: str, ports: tuple[int, ...]) -> Listener | Refused:
-        pod = canary.listener(self._maker, self._name(), node=node, ports=ports)
+        pod = canary.listener(self.maker, self._name(), node=node, ports=ports)
         live = await self._run(pod, is_ready, _START_SECONDS)
         if isinstance(live, Refused):
             return live
@@ -100,7 +100,7 @@ class Canaries:
 
     async def probe(self, targets: Sequence[Target]) -> dict[str, Reach] | Refused:
         """What a prober in the namespace reaches, by the targets' keys."""
-        pod = canary.prober(self._maker, self._name(), targets=tuple(targets))
+        pod = canary.prober(self.maker, self._name(), targets=tuple(targets))
         live = await self._run(pod, _ended, _PROBE_SECONDS)
         if isinstance(live, Refused):
             return live
@@ -111,7 +111,7 @@ class Canaries:
             return Refused(f"the canary pod ended without an answer (exit code {ended.get('exitCode')}).")
 
     def _name(self) -> str:
-        return f"{self._maker.owner.name}-canary-{secrets.token_hex(4)}"
+        return f"{self.maker.owner.name}-canary-{secrets.token_hex(4)}"
 
     async def _run(self, pod: Object, there: Callable[[KubeObject], bool], seconds: float) -> KubeObject | Refused:
         """Create a pod and wait for it."""
@@ -153,7 +153,7 @@ class Canaries:
         await asyncio.gather(*(self._delete(name, uid) for name, uid in [*pods]))
 
     async def _delete(self, name: str, uid: str) -> None:
-        ref = Ref(POD, self._maker.namespace, name)
+        ref = Ref(POD, self.maker.namespace, name)
         try:
             await self._kubernetes.delete(ref, uid=uid)
         except ApiError as error:

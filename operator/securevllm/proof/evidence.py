@@ -56,12 +56,14 @@ class Evidence:
         proof: the last verdict.
         held: pods that their gates hold back.
         foreign: what policies of others open.
+        wider: how many of them.
         again: seconds until another look makes sense; None: no need.
     """
 
     proof: Proof | None = None
     held: tuple[str, ...] = ()
     foreign: str = ""
+    wider: int = 0
     again: float | None = None
 
 
@@ -105,7 +107,7 @@ class Evidences:
         )
         waiting = held(pods, self._now())
         proof = self._prober.proof(Who(owner.namespace, owner.name), owner.uid) or self._left(status)
-        return Evidence(proof, waiting.pods, told(opened), waiting.again)
+        return Evidence(proof, waiting.pods, told(opened), len({item.policy for item in opened}), waiting.again)
 
     def add(self, facts: Facts, evidence: Evidence, wanted: Accepted, status: Mapping[str, Any]) -> Facts:
         """The facts with the evidence."""

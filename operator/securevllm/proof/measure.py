@@ -12,11 +12,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from securevllm.proof.canaries import Canaries, Refused
+from securevllm.proof.targets import Endpoint, Place, shut
 from securevllm.proof.verdict import Control, Round, Sample
 from securevllm.proof.wire import BLOCKED, Reach, Target
+from securevllm.render import canary
 
 if TYPE_CHECKING:
-    from securevllm.proof.targets import Endpoint
+    from securevllm.render.canary import Maker
+    from securevllm.topology import Topology
 
 Answers = dict[str, Reach]
 """By the targets' keys; what was not tried is not there."""
@@ -29,15 +32,18 @@ class Point:
     Attributes:
         name: as the verdict shows it: "... cannot be reached from <name>".
         reach: tries the first, which must not be reached, and the second, which may be.
+        place: where it is: what the spec may let it reach is not tried.
     """
 
     name: str
     reach: Callable[[Sequence[Target], Sequence[Target]], Awaitable[Answers | Refused]]
+    place: Place
 
 
 async def beside_listeners(
     canaries: Canaries,
     found: Iterable[Endpoint],
+    topology: Topology,
     points: Sequence[Point],
     steady: Callable[[Iterable[tuple[Endpoint, Reach]], str], Awaitable[tuple[Sample, ...]]],
 ) -> Round:
@@ -46,6 +52,7 @@ async def beside_listeners(
     Args:
         canaries: makes the listeners.
         found: what must not be reached.
+        topology: what is allowed.
         points: from where, one after the other.
         steady: makes samples of attempts from a vantage point; looks which targets are still the same.
 
@@ -61,10 +68,11 @@ async def beside_listeners(
     beside = [Target(key, item.address, port) for key, (item, port) in places.items()]
     nodes = {item.node for item in listeners}
     keyed = {f"e{n}": endpoint for n, endpoint in enumerate(item for item in here if item.node in nodes)}
-    targets = [Target(key, item.address, item.port) for key, item in keyed.items()]
     samples: list[Sample] = []
     controls: list[Control] = []
-    for point in points if targets else ():
+    for point in points if keyed else ():
+        mine = {*shut(topology, keyed.values(), point.place)}
+        targets = [Target(key, item.address, item.port) for key, item in keyed.items() if item in mine]
         answers = await point.reach(targets, beside)
         if isinstance(answers, Refused):
             lacking = [*lacking, f"{answers.why[0].upper()}{answers.why[1:]}"]
@@ -101,4 +109,10 @@ def canary_point(name: str, canaries: Canaries) -> Point:
     async def reach(targets: Sequence[Target], beside: Sequence[Target]) -> Answers | Refused:
         return await canaries.probe([*targets, *beside])
 
-    return Point(name, reach)
+    return Point(name, reach, canary_place(canaries.maker))
+
+
+def canary_place(maker: Maker) -> Place:
+    """Where the canary pods of a maker stand; their labels are known to the last."""
+    beside = maker.namespace == maker.owner.namespace
+    return Place(maker.namespace, beside, canary.labels(maker.owner, maker.manager), exact=True)

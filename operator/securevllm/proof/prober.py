@@ -28,8 +28,18 @@ from securevllm.proof.asking import Asking, Asks, unanswered
 from securevllm.proof.canaries import Canaries
 from securevllm.proof.dial import dial as connect_and_reset
 from securevllm.proof.foreign import holding
-from securevllm.proof.measure import Answers, Point, beside_listeners, canary_point, sampled
-from securevllm.proof.targets import LIMITS, Endpoint, Request, endpoints, is_ready, one_per_group
+from securevllm.proof.measure import Answers, Point, beside_listeners, canary_place, canary_point, sampled
+from securevllm.proof.targets import (
+    LIMITS,
+    Endpoint,
+    Place,
+    Request,
+    endpoints,
+    is_ready,
+    left_out,
+    one_per_group,
+    shut,
+)
 from securevllm.proof.verdict import Control, Proof, Question, Round, Sample, Vantage, judge
 from securevllm.proof.wire import Reach, Target
 from securevllm.render import canary
@@ -324,8 +334,15 @@ class Prober:
         found = endpoints(subject.topology, self._pods(subject.owner))
         targets = len({endpoint.pod for endpoint in found})
         if tier == "cheap":
-            return Round(samples=await self._samples(subject, one_per_group(found)), targets=targets)
-        limits = (*LIMITS, *subject.limits, *await self._others(subject.owner.namespace))
+            # The first of each group that is shut from here, not the first of all.
+            mine = one_per_group(shut(subject.topology, found, self._here(subject)))
+            return Round(samples=await self._samples(subject, mine), targets=targets)
+        places: dict[str, Place] = {
+            Vantage.OPERATOR: self._here(subject),
+            Vantage.CANARY: canary_place(self._maker(subject)),
+        }
+        open_ones = left_out(subject.topology, found, places)
+        limits = (*LIMITS, *subject.limits, *open_ones, *await self._others(subject.owner.namespace))
         chosen = _rotated(found, number * _TARGETS, _TARGETS)
         if tier == "full":
             samples, questions = await asyncio.gather(self._samples(subject, chosen), self._ask(subject))
@@ -345,7 +362,7 @@ class Prober:
         nodes = _rotated(sorted({endpoint.node for endpoint in found}), number * _NODES, _NODES)
         here = [endpoint for endpoint in found if endpoint.node in nodes]
         owner = subject.owner
-        maker = canary.Maker(owner, subject.spec, self._context.operator_image, owner.namespace)
+        maker = self._maker(subject)
 
         async def dialled(targets: Sequence[Target], beside: Sequence[Target]) -> Answers:
             # In this order and close together: the controls stand for the moment of the samples.
@@ -360,8 +377,8 @@ class Prober:
             self._canary_slots,
             Canaries(self._kubernetes, self._cache, maker, lambda pod: _owned(pod, owner)) as canaries,
         ):
-            points = [Point(Vantage.OPERATOR, dialled), canary_point(Vantage.CANARY, canaries)]
-            measured = await beside_listeners(canaries, here, points, steady)
+            points = [Point(Vantage.OPERATOR, dialled, self._here(subject)), canary_point(Vantage.CANARY, canaries)]
+            measured = await beside_listeners(canaries, here, subject.topology, points, steady)
         return replace(
             measured,
             questions=questions,
@@ -376,8 +393,8 @@ class Prober:
         return [HELD_BACK.format(", ".join(names))] if names else []
 
     async def _samples(self, subject: Subject, found: Sequence[Endpoint]) -> tuple[Sample, ...]:
-        """From the operator."""
-        keyed = {f"e{n}": item for n, item in enumerate(found)}
+        """From the operator: what the spec does not open to it."""
+        keyed = {f"e{n}": item for n, item in enumerate(shut(subject.topology, found, self._here(subject)))}
         answers = await self._twice([Target(key, item.address, item.port) for key, item in keyed.items()])
         return self._steady(subject, Vantage.OPERATOR, [(item, answers[key]) for key, item in keyed.items()])
 
@@ -387,6 +404,14 @@ class Prober:
         answers = {target.key: reach for target, reach in zip(targets, reaches, strict=True)}
         opened = [target for target in targets if answers[target.key] is Reach.OPEN]
         return answers | {target.key: await self._dial(target.address, target.port) for target in opened}
+
+    def _maker(self, subject: Subject) -> canary.Maker:
+        return canary.Maker(subject.owner, subject.spec, self._context.operator_image, subject.owner.namespace)
+
+    def _here(self, subject: Subject) -> Place:
+        """Where the operator stands; which labels its pods have beside those of the context is not known."""
+        namespace, pods = self._context.canary_service[0], self._context.operator.pods
+        return Place(namespace, namespace == subject.owner.namespace, dict(pods.labels) if pods is not None else {})
 
     def _steady(self, subject: Subject, vantage: str, tried: Iterable[tuple[Endpoint, Reach]]) -> tuple[Sample, ...]:
         return sampled(tried, vantage, endpoints(subject.topology, self._pods(subject.owner)))

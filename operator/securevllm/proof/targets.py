@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-from securevllm import catalogue
+from securevllm import catalogue, netpol
+from securevllm.context import CidrPeer
 from securevllm.render.meta import GROUP_LABEL, ROLE_LABEL
-from securevllm.topology import VLLM, Role, Topology
+from securevllm.topology import VLLM, Inbound, Role, Topology
+
+if TYPE_CHECKING:
+    from securevllm.context import Peer, Selector
 
 PROBED = frozenset({*VLLM, Role.ROUTER})
 _STARTUP_ONLY = frozenset({"barrier"})
@@ -86,6 +91,74 @@ def one_per_group(found: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
     for endpoint in found:
         first.setdefault(endpoint.group, endpoint)
     return tuple(first.values())
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where somebody stands who tries connections.
+
+    Attributes:
+        namespace: of the pod; None: not known.
+        beside: that is the namespace of the resource.
+        labels: of the pod.
+        exact: the pod has no other labels; otherwise it has these and perhaps more.
+    """
+
+    namespace: str | None
+    beside: bool
+    labels: Mapping[str, str]
+    exact: bool = False
+
+
+def shut(topology: Topology, found: Iterable[Endpoint], place: Place) -> tuple[Endpoint, ...]:
+    """The endpoints that nobody at a place may reach, for certain: to reach another one would be no breach."""
+    opened = [flow for flow in topology.flows if isinstance(flow, Inbound) and flow.to.role in PROBED]
+    return tuple(
+        endpoint
+        for endpoint in found
+        if not any(
+            flow.to.name == endpoint.socket and any(_may(peer, place, endpoint.address) for peer in flow.peers)
+            for flow in opened
+        )
+    )
+
+
+def left_out(topology: Topology, found: Iterable[Endpoint], places: Mapping[str, Place]) -> tuple[str, ...]:
+    """What is not tried because the spec may allow it, for a person.
+
+    Args:
+        topology: what is allowed.
+        found: what would be tried.
+        places: name of a vantage point to where it is.
+    """
+    everything, told = [*found], []
+    for vantage, place in places.items():
+        left = {*everything} - {*shut(topology, everything, place)}
+        names = ", ".join(sorted({f"{item.socket} {item.port}" for item in left}))
+        told += [f"{names} from {vantage} (the spec may allow it)"] if left else []
+    return tuple(told)
+
+
+def _may(peer: Peer, place: Place, address: str) -> bool:
+    """Whether a peer may be at a place; what is not known of it counts as yes."""
+    if isinstance(peer, CidrPeer):
+        # Some network plugins read a range as pods, too. Pods of a cluster have addresses like those of its engines.
+        there = ipaddress.ip_address(address)
+        return there in ipaddress.ip_network(peer.cidr) and not any(
+            there in ipaddress.ip_network(cidr) for cidr in peer.excluded
+        )
+    name = {netpol.NAMESPACE_NAME_LABEL: place.namespace} if place.namespace is not None else {}
+    home = place.beside if peer.namespaces is None else _selects(peer.namespaces, name, exact=False)
+    return home and (peer.pods is None or _selects(peer.pods, place.labels, exact=place.exact))
+
+
+def _selects(selector: Selector, labels: Mapping[str, str], *, exact: bool) -> bool:
+    known = [item for item in selector.labels if exact or item[0] in labels]
+    terms = [item for item in selector.expressions if exact or item[0] in labels]
+    return all(labels.get(key) == value for key, value in known) and all(
+        netpol.Expression(key, cast("Any", operator), frozenset(values)).matches(labels)
+        for key, operator, values in terms
+    )
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,9 @@ KEY_SECRET = "engine-key"  # noqa: S105 - the suffix of a Secret's name
 KEY = "api-key"
 SEAL = "seal-key"
 PROBER = "prober-key"
+MADE = "made"
+"""Keys of that Secret: what engines demand, what seals the accepted spec, the prober's own client key, and when the
+first was made (RFC 3339)."""
 
 HEALTH_PATH = "/health"
 _PROBE_SECONDS = 10

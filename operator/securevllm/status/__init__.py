@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from securevllm.status.conditions import Transition, merge, transitions
-from securevllm.status.facts import Facts, Failure, Fetch, Gateway, Workload, fetch, trouble, workload
+from securevllm.status.facts import Facts, Failure, Fetch, Figures, Gateway, Workload, fetch, trouble, workload
 
 if TYPE_CHECKING:
     from securevllm.api.advisories import Hit
@@ -15,6 +15,7 @@ __all__ = [
     "Facts",
     "Failure",
     "Fetch",
+    "Figures",
     "Gateway",
     "Transition",
     "Workload",

@@ -86,6 +86,21 @@ class Failure:
 
 
 @dataclass(frozen=True)
+class Figures:
+    """What is told as metrics, because a time and an age would make a status that never rests.
+
+    Attributes:
+        wider: how many NetworkPolicies of others open what the topology closes.
+        key_made: when the engines' key was made, unix seconds; None: it is not there.
+        certificate_ends: when what the gateways serve expires, unix seconds; None: plain HTTP, or it cannot be read.
+    """
+
+    wider: int = 0
+    key_made: float | None = None
+    certificate_ends: float | None = None
+
+
+@dataclass(frozen=True)
 class Facts:
     """Everything that the conditions are made of.
 
@@ -118,6 +133,7 @@ class Facts:
         foreign: what policies of others open.
         gate_disabled: why engines start without having seen their isolation; empty: they see it.
         verified: RFC 3339 time to show as ``lastVerified``.
+        figures: for metrics; no condition is made of them. None: nothing was looked at.
     """
 
     generation: int
@@ -148,6 +164,7 @@ class Facts:
     foreign: str = ""
     gate_disabled: str = ""
     verified: str = ""
+    figures: Figures | None = None
 
     @property
     def breached(self) -> bool:
