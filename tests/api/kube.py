@@ -154,13 +154,17 @@ class Kube:
         return parsed
 
 
+PATIENCE = 4
+"""What a wait takes at most on a machine that does nothing else, times this: workers and builds share it with others."""
+
+
 def eventually(check: Callable[[], Result], seconds: float = 15.0, pause: float = 0.05) -> Result:
-    """Call ``check`` until it gives something true, and give that.
+    """Call ``check`` until it gives something true, and give that; for ``PATIENCE`` times ``seconds`` at most.
 
     Raises:
         AssertionError: not in time; the last one that ``check`` raised, or what it gave instead.
     """
-    deadline = monotonic() + seconds
+    deadline = monotonic() + seconds * PATIENCE
     while True:
         try:
             result = check()
@@ -170,7 +174,7 @@ def eventually(check: Callable[[], Result], seconds: float = 15.0, pause: float 
         else:
             if result:
                 return result
-            assert monotonic() < deadline, f"after {seconds:.0f} s it still gave {result!r}"
+            assert monotonic() < deadline, f"after {seconds * PATIENCE:.0f} s it still gave {result!r}"
         sleep(pause)
 
 

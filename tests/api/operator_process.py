@@ -23,7 +23,7 @@ import yaml
 
 from securevllm.api.kinds import NAMESPACE, SECURE_VLLM_DEPLOYMENT, KubeObject, Ref
 from securevllm.api.types import API_VERSION, KIND
-from tests.api.kube import Kube, Refused, eventually
+from tests.api.kube import PATIENCE, Kube, Refused, eventually
 
 if TYPE_CHECKING:
     from e2e.cluster import Cluster
@@ -169,7 +169,7 @@ class OperatorProcess:
         """SIGTERM; gives the exit code."""
         process = self._running()
         process.terminate()
-        code = process.wait(seconds)
+        code = process.wait(seconds * PATIENCE)
         self._process = None
         return code
 
@@ -200,7 +200,11 @@ class OperatorProcess:
             self.start()
 
     def __enter__(self) -> Self:
-        return self.start()
+        try:
+            return self.start()
+        except BaseException:
+            self.__exit__()
+            raise
 
     def __exit__(self, *_: object) -> None:
         if self._process is not None:

@@ -26,6 +26,7 @@ from securevllm.api.crd import PLURAL, crd
 from securevllm.api.parse import parse
 from securevllm.api.types import API_VERSION, GROUP, KIND
 from securevllm.errors import Problem, SpecError
+from tests.api.kube import PATIENCE
 from tests.schema_fuzz import mutations, nodes, with_value
 
 if TYPE_CHECKING:
@@ -110,7 +111,7 @@ def server(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             core.create_namespace({"metadata": {"name": NAMESPACE}})
         # Not `kubectl wait`: it ends with an error while a new definition has no conditions at all. Established comes
         # before discovery and OpenAPI know the kind.
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 30 * PATIENCE
         while installed.run("explain", "svllm.spec").returncode:
             assert time.monotonic() < deadline, "the API server does not serve the kind"
             time.sleep(0.2)

@@ -20,6 +20,7 @@ from kubernetes import client, config
 from e2e.cluster import Cluster, ClusterError, daemon, dns, environment, runners, running, volumes
 from e2e.cluster.hollow import HollowNode, hollow_node
 from e2e.cluster.runners import ContainerStart, Launch, Outcome
+from tests.api.kube import PATIENCE
 
 ROOT = Path(__file__).parents[2]
 SERVER = Path(__file__).parent / "hollow_server.py"
@@ -27,7 +28,7 @@ SERVER = Path(__file__).parent / "hollow_server.py"
 
 def eventually(check: Callable[[], Any], seconds: float = 20.0) -> Any:
     """Return the first true result of `check`; fail with its last error or value."""
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds * PATIENCE
     while True:
         last: Any
         try:
@@ -35,7 +36,7 @@ def eventually(check: Callable[[], Any], seconds: float = 20.0) -> Any:
                 return last
         except (OSError, client.ApiException, AssertionError, LookupError) as error:
             last = error
-        assert time.monotonic() < deadline, f"not within {seconds} s: {last!r}"
+        assert time.monotonic() < deadline, f"not within {seconds * PATIENCE} s: {last!r}"
         time.sleep(0.05)
 
 

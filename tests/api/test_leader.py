@@ -18,6 +18,7 @@ import pytest
 
 from securevllm.api.kinds import LEASE, NAMESPACE, KubeObject, Ref
 from securevllm.cluster import KubernetesClient, Login, connect
+from tests.api.kube import PATIENCE
 
 if TYPE_CHECKING:
     from e2e.cluster import Cluster
@@ -63,7 +64,7 @@ async def candidate(cluster: Cluster, namespace: str, identity: str) -> AsyncIte
 
 async def line(process: asyncio.subprocess.Process, seconds: float = 20.0) -> str:
     assert process.stdout is not None
-    return (await asyncio.wait_for(process.stdout.readline(), seconds)).decode().strip()
+    return (await asyncio.wait_for(process.stdout.readline(), seconds * PATIENCE)).decode().strip()
 
 
 async def lease(kubernetes: KubernetesClient, namespace: str) -> KubeObject:

@@ -22,6 +22,7 @@ from securevllm.cluster import KubernetesClient, Login, connect
 from securevllm.errors import OperatorError, Unavailable
 from securevllm.store import Store, Watched
 from securevllm.watch import Watcher
+from tests.api.kube import PATIENCE
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,7 +100,7 @@ async def watching(
 
 
 async def until(condition: Callable[[], Any], seconds: float = 15.0) -> None:
-    deadline = time.monotonic() + seconds
+    deadline = time.monotonic() + seconds * PATIENCE
     while not condition():
         assert time.monotonic() < deadline, "not in time"
         await asyncio.sleep(0.02)
