@@ -155,7 +155,7 @@ class Kube:
 
 
 PATIENCE = 4
-"""What a wait takes at most on a machine that does nothing else, times this: workers and builds share it with others."""
+"""Limits of waits are for a machine that does nothing else; they are this many times longer, for workers and builds."""
 
 
 def eventually(check: Callable[[], Result], seconds: float = 15.0, pause: float = 0.05) -> Result:
