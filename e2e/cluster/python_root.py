@@ -110,9 +110,16 @@ def compile_all(root: Path) -> None:
     Raises:
         ClusterError: A module does not compile.
     """
-    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
-    if not compileall.compile_dir(root, quiet=2, stripdir=str(root), prependdir="/", invalidation_mode=mode, workers=2):
+    if not compile_below(root, "/"):
         raise ClusterError(f"a module below {root} does not compile: python -m compileall tells which")
+
+
+def compile_below(root: Path, place: str) -> bool:
+    """Compile what compiles below `root`, which will be at `place`; whether that was everything."""
+    mode = py_compile.PycInvalidationMode.UNCHECKED_HASH
+    return bool(
+        compileall.compile_dir(root, quiet=2, stripdir=str(root), prependdir=place, invalidation_mode=mode, workers=2)
+    )
 
 
 def _fill_interpreter(root: Path) -> None:

@@ -123,7 +123,10 @@ class Group:
         Raises:
             StartError: the head refuses, somebody went, or the time is over.
         """
-        if not self.world.alone:
+        if self.world.alone:
+            for row in self._mesh():
+                await self._listen_everywhere(row)
+        else:
             gathering = asyncio.create_task(self._gather())
             failing = asyncio.create_task(self._broken.wait())
             left = self.deadline - time.monotonic() + _REPEAT  # who dials says more about what is missing
@@ -146,10 +149,9 @@ class Group:
             await self._open_head(rows)
         found = await self._meet(rows)
         store = next(link for row, link in found if row.speaks == "TCPStore")
-        mesh = [row for row in self.world.rows() if row.on == "every" and row.when in {"group", "nodes"}]
+        mesh = self._mesh()
         for row in mesh:
-            for rank in self.world.ranks:
-                await self.listen(row, rank, functools.partial(self._peer, row, rank))
+            await self._listen_everywhere(row)
         for name, own in list(self._own.items()):
             await store.ask({"op": "put", "name": name, "values": own})
         for row in mesh:
@@ -164,6 +166,15 @@ class Group:
             }
         for _, link in found:
             self._spawn(self._held(link))
+
+    def _mesh(self) -> list[Socket]:
+        """Sockets of each rank for the other ranks; some are there without any other."""
+        whens = {"always", "ranks", "group", "nodes"}
+        return [row for row in self.world.rows() if row.on == "every" and row.when in whens]
+
+    async def _listen_everywhere(self, row: Socket) -> None:
+        for rank in self.world.ranks:
+            await self.listen(row, rank, functools.partial(self._peer, row, rank))
 
     async def _open_head(self, rows: Sequence[Socket]) -> None:
         for row in rows:

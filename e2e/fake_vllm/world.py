@@ -98,7 +98,7 @@ def world(args: argparse.Namespace, version: Version) -> World:
         ranks = range(data_ranks.start * size, data_ranks.stop * size)
     # A headless process has its engines' head elsewhere, even when it has all of the engines.
     remote = data > 1 and (headless or len(data_ranks) < data)
-    spread = {"nodes": nodes > 1, "data": remote, "group": nodes > 1 or remote}
+    spread = {"nodes": nodes > 1, "data": remote, "group": nodes > 1 or remote, "always": True, "ranks": total > 1}
     head = ranks.start == 0 and not headless
     if nodes > 1 and headless and ranks.start == 0:
         raise ArgumentError("--node-rank 0 holds the API server and cannot be --headless")

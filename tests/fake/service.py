@@ -23,6 +23,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from e2e.listening import look
+
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "the-engine-key"
 MODEL = "llama"
@@ -31,7 +33,6 @@ PATIENCE = 30.0
 
 _LISTENS = re.compile(r"\[fake_vllm\] ([\w-]+) \(.*?\) of rank (\d+) listens on \[?([^\]\s]+)\]?:(\d+)$", re.MULTILINE)
 _API = re.compile(r"Starting vLLM server on http://\[?([^\]\s]+)\]?:(\d+)$", re.MULTILINE)
-_LISTEN_STATE = "0A"
 _numbers = itertools.count(1)
 
 
@@ -127,22 +128,8 @@ def request(method: str, url: str, body: Any = None, headers: Mapping[str, str] 
 
 
 def listening(pid: int) -> set[tuple[str, int]]:
-    """(address, port) of every TCP socket on which a process listens, from /proc."""
-    inodes = set()
-    for descriptor in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            found = re.fullmatch(r"socket:\[(\d+)\]", os.readlink(descriptor))  # noqa: PTH115 - not a path
-            if found:
-                inodes.add(found[1])
-    places = set()
-    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
-            _, local, _, state, *rest = line.split()
-            if state == _LISTEN_STATE and rest[5] in inodes:
-                host, port = local.split(":")
-                words = (int(host[at : at + 8], 16).to_bytes(4, sys.byteorder) for at in range(0, len(host), 8))
-                places.add((socket.inet_ntop(family, b"".join(words)), int(port, 16)))
-    return places
+    """(address, port) of every socket on which a process listens, from /proc."""
+    return {(found.address, found.port) for found in look(pid, {pid}).listeners}
 
 
 @dataclass

@@ -7,6 +7,8 @@ from collections import Counter
 
 import pytest
 
+from e2e.explained import expected, explain, table
+from e2e.listening import family, look
 from securevllm import catalogue
 from tests.fake.service import Service, Vllm, free_port, own_address
 
@@ -55,10 +57,11 @@ def data(service: Service, size: int, local: int, *flags: str, mode: str = "inte
     return started[::-1]
 
 
-def test_one_pod_has_the_api_and_nothing_else(service: Service) -> None:
-    alone = service.vllm("--tensor-parallel-size=4")
+@pytest.mark.parametrize(("ranks", "mesh"), [(1, {"gloo": 1}), (4, {"gloo": 4, "nccl": 4})])
+def test_one_pod_has_the_api_and_what_its_ranks_open(service: Service, ranks: int, mesh: dict[str, int]) -> None:
+    alone = service.vllm(f"--tensor-parallel-size={ranks}")
     alone.healthy()
-    assert alone.opened() == {"api": 1}
+    assert alone.opened() == {"api": 1, **mesh}
 
 
 @pytest.mark.parametrize(
@@ -77,6 +80,12 @@ def test_a_replica_over_several_pods(service: Service, count: int, flags: tuple[
     for worker in workers:
         worker.says("headless")
         assert worker.opened() == mesh
+    for one in (head, *workers):  # as of the real vLLM (`make e2e-vllm`): from /proc, without a word of the log
+        seen = look(one.process.pid, family(one.process.pid))
+        argv = seen.arguments[seen.arguments.index("serve") + 1 :]
+        explained = explain(seen, expected(argv, seen.environment, catalogue.newest()))
+        assert explained
+        assert all(explained.values()), table(explained)
 
 
 @pytest.mark.parametrize("mode", ["internal", "hybrid", "external"])
@@ -114,7 +123,7 @@ def test_kv_events_have_a_port_for_each_rank(service: Service) -> None:
     config = {"enable_kv_cache_events": True, "publisher": "zmq", "endpoint": f"tcp://*:{port}"}
     alone = service.vllm("--data-parallel-size=2", f"--kv-events-config={json.dumps(config)}")
     alone.healthy()
-    assert alone.opened() == {"api": 1, "kv-events": 2}
+    assert alone.opened() == {"api": 1, "kv-events": 2, "gloo": 2, "nccl": 2}
     assert f":{port}\n" in alone.log
     assert f":{port + 1}\n" in alone.log
 

@@ -37,8 +37,8 @@ def test_nixl(service: Service) -> None:
     decode = side(service, "NixlConnector", "kv_consumer")
     prefill.healthy()
     decode.healthy()
-    assert prefill.opened() == {"api": 1, "nixl-side-channel": 1, "nixl-data": 2}
-    assert decode.opened() == {"api": 1, "nixl-side-channel": 1, "nixl-data": 1}
+    assert prefill.opened() == {"api": 1, "nixl-side-channel": 1, "nixl-data": 2, "gloo": 2, "nccl": 2}
+    assert decode.opened() == {"api": 1, "nixl-side-channel": 1, "nixl-data": 1, "gloo": 1}
     status, answer = transferred(prefill, decode, {})
     assert (status, answer["choices"][0]["finish_reason"]) == (200, "stop")
 
@@ -72,8 +72,9 @@ def test_mooncake(service: Service) -> None:
     prefill.healthy()
     decode.healthy()
     data = {"mooncake-side-channel": 1, "mooncake-transfer": 1, "mooncake-tcp": 1}
-    assert decode.opened() == {"api": 1, **data}
-    assert prefill.opened() == {"api": 1, "mooncake-bootstrap": 1, **dict.fromkeys(data, 2)}
+    assert decode.opened() == {"api": 1, "gloo": 1, **data}
+    both = dict.fromkeys((*data, "gloo", "nccl"), 2)
+    assert prefill.opened() == {"api": 1, "mooncake-bootstrap": 1, **both}
     bootstrap = f"http://{prefill.address}:{port}"
     status, registered = request("GET", f"{bootstrap}/query")
     assert (status, list(registered), sorted(registered["0"]["worker_addr"])) == (200, ["0"], ["0", "1"])

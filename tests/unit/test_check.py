@@ -312,7 +312,7 @@ def test_policies_decide_who_reaches_the_port() -> None:
     ],
 )
 def test_who_is_everybody(rule: Object, everybody: bool) -> None:
-    (one,) = only(checked(deployment(), policy({"podSelector": {}, "ingress": [rule]}))).seen.listening
+    one, _ = only(checked(deployment(), policy({"podSelector": {}, "ingress": [rule]}))).seen.listening
     assert one.reach.everybody is everybody
 
 
@@ -332,7 +332,9 @@ def test_own_pods_are_told_from_others() -> None:
 @pytest.mark.parametrize(
     ("args", "env", "sockets"),
     [
-        ((), {}, set()),
+        ((), {}, {"gloo"}),
+        (("--headless",), {}, {"gloo"}),
+        (("-tp=2",), {}, {"gloo", "nccl"}),
         (("--nnodes=2",), {}, {"torch-distributed", "message-queue", "gloo", "nccl"}),
         (("--data-parallel-size=4", "--data-parallel-address=x"), {}, {"data-parallel-rpc", "gloo"}),
         (('--kv-transfer-config={"kv_connector":"NixlConnector"}',), {}, {"nixl-side-channel", "nixl-data"}),
@@ -344,7 +346,16 @@ def test_own_pods_are_told_from_others() -> None:
 def test_flags_open_sockets(args: tuple[str, ...], env: dict[str, str], sockets: set[str]) -> None:
     inner = {one.socket.name for one in only(checked(deployment(*args))).seen.listening if one.socket.inner}
     assert sockets <= inner
-    assert bool(sockets) == bool(inner)
+    assert ("nccl" in inner) == bool(inner & {"nccl", "torch-distributed", "data-parallel-rpc", "ray-gcs"})
+    assert len(args) > 0 or inner == {"gloo"}
+
+
+def test_gloo_alone_is_not_as_bad_as_what_takes_pickle() -> None:
+    alone, several = (
+        next(one for one in only(checked(deployment(*args))).findings if one.code == "InternalSocketOpen")
+        for args in ((), ("--nnodes=2",))
+    )
+    assert (alone.severity, several.severity) == (Severity.HIGH, Severity.CRITICAL)
 
 
 def test_ports_follow_flags_and_variables() -> None:

@@ -142,8 +142,8 @@ def _listens(row: catalogue.Socket, part: Part) -> bool:
 
 def _opened(launch: Launch, *, grouped: bool) -> set[str]:
     opened = set()
-    if launch.serves and not launch.on("--headless"):
-        opened.add("api")
+    if launch.serves:
+        opened |= {"always"} if launch.on("--headless") else {"always", "api"}
     backends = [_value(launch, name) for name in ("--distributed-executor-backend", "--data-parallel-backend")]
     by_ray = bool(launch.ray) or any(re.search(r"\bray\b", backend) for backend in backends)
     nodes, data = launch.number("--nnodes", 1), launch.number("--data-parallel-size", 1)
@@ -154,6 +154,9 @@ def _opened(launch: Launch, *, grouped: bool) -> set[str]:
         opened |= {"data", "group"}
     if by_ray:
         opened |= {"ray", "group"}
+    sizes = (launch.number(f"--{name}-parallel-size", 1) for name in ("tensor", "pipeline", "data"))
+    if "group" in opened or any(size != 1 for size in sizes):
+        opened.add("ranks")
     connectors = {
         "nixl": "nixl", "mooncakestore": "mooncake-store", "mooncake": "mooncake", "p2pnccl": "p2p-nccl",
         "moriio": "moriio", "lmcache": "lmcache", "hf3fs": "hf3fs",

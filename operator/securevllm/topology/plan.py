@@ -85,6 +85,8 @@ def _side(spec: api.Spec, role: Role, letter: str, replicas: int, parallelism: a
         "nodes": formed.pods > 1 and not data,
         "data": formed.pods > 1 and data,
         "group": formed.pods > 1,
+        "always": True,
+        "ranks": formed.pods * formed.gpus > 1,
         "kv-events": spec.security.kv_events is not None,
         "metrics": spec.security.metrics is not None,
         connector or "": connector is not None,
