@@ -42,6 +42,7 @@ from e2e.workload import (
 from securevllm.api import kinds
 from securevllm.api.kinds import KubeObject, Ref
 from securevllm.render.gate import GATE
+from securevllm.render.meta import GROUP_LABEL, ROLE_LABEL
 from tests.api.audit import Audit, now
 from tests.api.kube import Kube, eventually
 from tests.api.operator_process import resource
@@ -209,9 +210,9 @@ class Lab:
         until_resource_ready(self.kubectl, self.namespace, name)
 
     def remove(self, name: str) -> None:
-        """Delete a resource and wait until its pods are gone."""
+        """Delete a resource and wait until its engines are gone; gateways take their time to drain."""
         self.kube.delete(self.ref(name))
-        label = f"app.kubernetes.io/instance={name}"
+        label = f"app.kubernetes.io/instance={name},{ROLE_LABEL}=engine"
         eventually(lambda: not self.kube.list(kinds.POD, self.namespace, label), _PATIENCE)
 
     def pods(self, role: str, name: str = NAME) -> list[KubeObject]:
@@ -515,7 +516,7 @@ def _groups(lab: Lab) -> Iterator[Measured]:
     lab.ready("group", parallelism={"tensor": 2, "nodes": 2}, engine={"terminationGracePeriod": "1s"})
     took = []
     for number in range(GROUPS):
-        pods = sorted(lab.pods("engine", "group"), key=lambda pod: str(pod["metadata"]["name"]))
+        pods = sorted(_members(lab), key=lambda pod: str(pod["metadata"]["name"]))
         victim, uids = pods[number % len(pods)], {pod["metadata"]["uid"] for pod in pods}
         began = time.monotonic()
         lab.kube.delete(Ref(kinds.POD, lab.namespace, victim["metadata"]["name"]), gracePeriodSeconds=0)
@@ -524,7 +525,12 @@ def _groups(lab: Lab) -> Iterator[Measured]:
     yield Measured("pod of a group lost → the group serves again", tuple(took), "s")
 
 
+def _members(lab: Lab) -> list[KubeObject]:
+    pods = lab.kube.list(kinds.POD, lab.namespace, GROUP_LABEL)
+    return [pod for pod in pods if not pod["metadata"].get("deletionTimestamp")]
+
+
 def _whole_again(lab: Lab, old: set[str]) -> bool:
-    pods = lab.pods("engine", "group")
+    pods = _members(lab)
     fresh = [pod for pod in pods if pod["metadata"]["uid"] not in old and condition(pod, "Ready")]
     return len(fresh) == len(pods) == len(old) and bool(condition(lab.kube.get(lab.ref("group")), "Ready"))
