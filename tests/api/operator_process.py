@@ -117,6 +117,9 @@ class OperatorProcess:
         self._canary_pods = canary_pods
         self._port = 0
         self._process: subprocess.Popen[bytes] | None = None
+        # One client for all looks, without connections that stay: each new one loads certificates for 30 ms, which is
+        # most of a processor while somebody waits for a start.
+        self._http = httpx.Client(trust_env=False, timeout=5, limits=httpx.Limits(max_keepalive_connections=0))
 
     @property
     def pid(self) -> int:
@@ -160,7 +163,7 @@ class OperatorProcess:
     def get(self, path: str) -> tuple[int, str]:
         """Ask it: HTTP status and body; status 0 when it does not answer."""
         try:
-            answer = httpx.get(f"http://127.0.0.1:{self._port}{path}", trust_env=False, timeout=5)
+            answer = self._http.get(f"http://127.0.0.1:{self._port}{path}")
         except httpx.TransportError:
             return 0, ""
         return answer.status_code, answer.text
