@@ -27,7 +27,12 @@ ROOT = Path(__file__).resolve().parents[1]
 DOCKERFILE = ROOT / "operator" / "Dockerfile"
 QUICKSTART = ROOT / "manifests" / "samples" / "quickstart.yaml"
 
+SPLIT = ROOT / "manifests" / "samples" / "prefill-decode-nixl.yaml"
+
 ATTACKER = "registry.local/attacker:1"
+
+# So that a test sees from inside of an engine or a router what they reach.
+_REACH = {f"{python_root.APPLICATION}/reach.py": ROOT / "e2e" / "reach.py"}
 
 # What the fetch Job runs; nothing outside can be reached, so it makes a model of its own.
 _HF = """\
@@ -89,22 +94,35 @@ def engine() -> Image:
         "/usr/local/bin/vllm": _VLLM,
         "/usr/local/bin/hf": _HF,
         f"{python_root.APPLICATION}/e2e/fake_vllm": ROOT / "e2e" / "fake_vllm",
+        **_REACH,
     }
     layer = python_root.sources("engine", files)
     config = {**dockerfile_config(DOCKERFILE), "Entrypoint": ["vllm", "serve"], "Cmd": [], "User": "2000:0"}
     return Image(resource["spec"]["image"], (*_operator_layers(), layer), config)
 
 
+def router() -> Image:
+    """The real vllm-router, as this environment has it, under the name in the sample of prefill and decode."""
+    resource = yaml.safe_load(SPLIT.read_text(encoding="utf-8"))
+    program = "#!/usr/local/bin/python\nfrom vllm_router.launch_router import main\n\nmain()\n"
+    tool = python_root.sources(
+        "router", {"/bin/true": "#!/usr/local/bin/python\n", "/usr/local/bin/vllm-router": program, **_REACH}
+    )
+    config = {"Env": [f"PYTHONPATH={python_root.APPLICATION}:{python_root.PACKAGES}"], "Entrypoint": ["vllm-router"]}
+    layers = (python_root.interpreter(), python_root.installed("vllm-router"), tool)
+    return Image(resource["spec"]["disaggregation"]["router"]["image"], layers, config)
+
+
 def attacker() -> Image:
     """Python with `reach`, which tells what of a list of addresses it can connect to."""
-    tool = python_root.sources("attacker", {f"{python_root.APPLICATION}/reach.py": ROOT / "e2e" / "reach.py"})
+    tool = python_root.sources("attacker", _REACH)
     config = {"Env": [f"PYTHONPATH={python_root.APPLICATION}"], "Entrypoint": ["python", "-m", "reach"]}
     return Image(ATTACKER, (python_root.interpreter(), tool), config)
 
 
 def every() -> tuple[Image, ...]:
     """All of them."""
-    return operator(), gateway(), engine(), attacker()
+    return operator(), gateway(), engine(), router(), attacker()
 
 
 def load(cluster: Cluster, progress: Progress) -> None:

@@ -20,8 +20,12 @@ T = TypeVar("T")
 
 OPERATOR = "secure-vllm-operator"
 GPU = "nvidia.com/gpu"
+GPUS = "96"
+"""Of each node: every topology of the samples fits, side by side."""
 PORT = 8080
 """On which the tests' own pods listen."""
+SIDE_PORT = 7070
+"""Of a container that was added to a pod: it has to do something."""
 
 _REQUEST = """\
 import json, ssl, sys, urllib.error, urllib.request
@@ -51,12 +55,14 @@ class Pod:
         namespace: Where it is.
         name: Its name.
         ip: Its address.
+        container: In which programs run; empty: the first. It needs Python and `reach`.
     """
 
     kubectl: Kubectl
     namespace: str
     name: str
     ip: str
+    container: str = ""
 
     def reach(self, targets: Iterable[str], seconds: float = 2.0) -> dict[str, str]:
         """Connect to each `ADDRESS:PORT` once; see `reach` for the answers."""
@@ -76,7 +82,16 @@ class Pod:
 
     def run(self, *command: str) -> str:
         """Run a program in the pod and return what it prints."""
-        return self.kubectl("exec", f"--namespace={self.namespace}", self.name, "--", *command)
+        return self.kubectl(*self.exec_arguments(), "--", *command)
+
+    def listening(self) -> list[tuple[str, int]]:
+        """Address and port of each TCP socket in the pod that others could reach; see `reach`."""
+        return [(address, port) for address, port in json.loads(self.run("python", "-m", "reach", "--listening"))]
+
+    def exec_arguments(self, *options: str) -> list[str]:
+        """Arguments of kubectl that run a program in the pod, up to the `--` before it."""
+        container = [f"--container={self.container}"] if self.container else []
+        return ["exec", f"--namespace={self.namespace}", self.name, *container, *options]
 
 
 def until(look: Callable[[], T | None], what: str, seconds: float = 120.0) -> T:
@@ -160,10 +175,51 @@ def new_namespace(kubectl: Kubectl, prefix: str = "test", **labels: str) -> Iter
         kubectl("delete", "namespace", name, "--wait=false")
 
 
-def start_pods(kubectl: Kubectl, wanted: Sequence[tuple[str, str, str]], wait: Waiter = until) -> list[Pod]:
-    """Start pods, each given as namespace, name and node, and return them when all are ready."""
-    kubectl("apply", "--filename=-", stdin=_list([_pod(*one) for one in wanted]))
+def start_pods(
+    kubectl: Kubectl,
+    wanted: Sequence[tuple[str, str, str]],
+    wait: Waiter = until,
+    *,
+    port: int = PORT,
+    host_network: bool = False,
+    labels: Mapping[str, str] | None = None,
+) -> list[Pod]:
+    """Start pods, each given as namespace, name and node, and return them when all are ready.
+
+    Args:
+        kubectl: Of the cluster.
+        wanted: Namespace, name and node of each; the label `app` is the name.
+        wait: Tells what is waited for.
+        port: On which they listen.
+        host_network: Whether they share the network of their node.
+        labels: More labels.
+    """
+    pods = [_pod(*one, port, labels or {}) for one in wanted]
+    for pod in pods:
+        pod["spec"]["hostNetwork"] = host_network
+    kubectl("apply", "--filename=-", stdin=_list(pods))
     return [_ready_pod(kubectl, namespace, name, wait) for namespace, name, _ in wanted]
+
+
+def add_reach(kubectl: Kubectl, namespace: str, pod: dict[str, Any]) -> Pod:
+    """Add a container with Python and `reach` to a running pod that has none (gateways), and return when it runs."""
+    name = pod["metadata"]["name"]
+    container = {
+        "name": "reach",
+        "image": images.ATTACKER,
+        "args": [f"--serve={SIDE_PORT}"],
+        "securityContext": {"runAsUser": 65532, "runAsNonRoot": True},
+    }
+    patch = json.dumps({"spec": {"ephemeralContainers": [container]}})
+    kubectl("patch", f"--namespace={namespace}", "pod", name, "--subresource=ephemeralcontainers", f"--patch={patch}")
+
+    def runs() -> bool | None:
+        status = kubectl.get(f"--namespace={namespace}", "pod", name)["status"]
+        states = [one["state"] for one in status.get("ephemeralContainerStatuses") or ()]
+        return any("running" in state for state in states) or None
+
+    until(runs, f"the added container of {name} runs")
+    return Pod(kubectl, namespace, name, pod["status"]["podIP"], "reach")
 
 
 def policy(name: str, namespace: str, spec: dict[str, Any]) -> dict[str, Any]:
@@ -186,7 +242,7 @@ def workers(kubectl: Kubectl) -> list[str]:
 def advertise_gpus(kubectl: Kubectl, nodes: Iterable[str]) -> None:
     """Let nodes say that they have GPUs: the scheduler asks no more, and a stand-in needs none."""
     for node in nodes:
-        capacity = json.dumps({"status": {"capacity": {GPU: "8"}}})
+        capacity = json.dumps({"status": {"capacity": {GPU: GPUS}}})
         kubectl("patch", "node", node, "--subresource=status", "--type=merge", f"--patch={capacity}")
 
 
@@ -217,20 +273,19 @@ def condition(item: dict[str, Any], kind: str) -> bool | None:
     return any(one["type"] == kind and one["status"] == "True" for one in conditions) or None
 
 
-def until_resource_ready(kubectl: Kubectl, namespace: str, name: str, seconds: float = 240.0) -> None:
-    """Wait until a SecureVLLMDeployment is Ready.
+def until_resource_ready(
+    kubectl: Kubectl, namespace: str, name: str, seconds: float = 240.0, *, kind: str = "Ready"
+) -> None:
+    """Wait until a SecureVLLMDeployment is Ready, or has another condition.
 
     Raises:
         AssertionError: Not in time; with every condition and its message.
     """
-
-    def resource() -> dict[str, Any]:
-        return kubectl.get(f"--namespace={namespace}", "securevllmdeployment", name)
-
+    what = "securevllmdeployment"
     try:
-        until(lambda: condition(resource(), "Ready"), f"{name} is Ready", seconds)
-    except AssertionError as error:
-        found = resource().get("status", {}).get("conditions") or ()
+        _wait(kubectl, namespace, kind, [f"{what}/{name}"], seconds)
+    except KubectlError as error:
+        found = kubectl.get(f"--namespace={namespace}", what, name).get("status", {}).get("conditions") or ()
         lines = [f"{one['type']} {one['status']} {one['reason']}: {one['message']}" for one in found]
         raise AssertionError("\n".join([str(error), *lines])) from error
 
@@ -260,16 +315,26 @@ def _ready_pod(kubectl: Kubectl, namespace: str, name: str, wait: Waiter) -> Pod
     return wait(look, f"pod {namespace}/{name} is ready")
 
 
-def _pod(namespace: str, name: str, node: str) -> dict[str, Any]:
+def _wait(kubectl: Kubectl, namespace: str, kind: str, objects: Sequence[str], seconds: float = 120.0) -> None:
+    """Wait for a condition by a watch: asking again and again would take from what is waited for.
+
+    Raises:
+        KubectlError: Not in time.
+    """
+    arguments = [f"--namespace={namespace}", f"--for=condition={kind}", f"--timeout={seconds:.0f}s"]
+    kubectl("wait", *arguments, *objects, timeout=seconds + 60)
+
+
+def _pod(namespace: str, name: str, node: str, port: int, labels: Mapping[str, str]) -> dict[str, Any]:
     container = {
         "name": "reach",
         "image": images.ATTACKER,
-        "args": [f"--serve={PORT}"],
-        "ports": [{"containerPort": PORT}],
-        "readinessProbe": {"tcpSocket": {"port": PORT}, "periodSeconds": 1},
+        "args": [f"--serve={port}"],
+        "ports": [{"containerPort": port}],
+        "readinessProbe": {"tcpSocket": {"port": port}, "periodSeconds": 1},
     }
     spec = {"nodeName": node, "terminationGracePeriodSeconds": 0, "containers": [container]}
-    metadata = {"name": name, "namespace": namespace, "labels": {"app": name}}
+    metadata = {"name": name, "namespace": namespace, "labels": {"app": name, **labels}}
     return {"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": spec}
 
 

@@ -101,6 +101,29 @@ def connect_node(plan: Plan, node: str, switch: int, holder: int) -> None:
     _in_namespace(holder, f"address add {plan.node_ip(node)}/24 dev eth0", "link set eth0 up", "link set lo up")
 
 
+def connect_outsider(
+    plan: Plan, addresses: Iterable[str], ranges: dict[str, str], *, switch: int, holder: int, nodes: dict[str, int]
+) -> None:
+    """Plug a host that is no node (`holder`: a pid in its network namespace) into the switch.
+
+    Args:
+        plan: Of the cluster; the host gets its `outsider_ip`.
+        addresses: Which the host has besides.
+        ranges: Pod range of each node; the host finds back to pods.
+        switch: A pid in the switch's network namespace.
+        holder: A pid in the host's.
+        nodes: A pid in that of each node; they get routes to `addresses`.
+    """
+    _in_namespace(switch, f"link add outside type veth peer name eth0 netns {holder}")
+    _plug(switch, "outside")
+    own = [f"address add {address}/32 dev eth0" for address in addresses]
+    back = [f"route add {pods} via {plan.node_ip(node)}" for node, pods in ranges.items()]
+    first = f"address add {plan.outsider_ip}/24 dev eth0"
+    _in_namespace(holder, first, "link set eth0 up", "link set lo up", *own, *back)
+    for pid in nodes.values():
+        _in_namespace(pid, *(f"route replace {address} via {plan.outsider_ip}" for address in addresses))
+
+
 def route_pods(plan: Plan, ranges: dict[str, str], holders: dict[str, int], *, between_nodes: bool) -> None:
     """Route each node's pod range (`ranges`) by its node: on this machine, and on the other nodes if asked to."""
     for node, pods in ranges.items():

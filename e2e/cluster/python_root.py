@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import compileall
 import hashlib
+import importlib.metadata
 import platform
 import py_compile
 import re
@@ -17,6 +18,9 @@ import subprocess
 import sys
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from e2e.cluster.errors import ClusterError
 from e2e.cluster.images import Layer
@@ -62,6 +66,38 @@ def packages(lock: Path) -> Layer:
     return Layer("packages", f"{sys.version} {hashlib.sha256(lock.read_bytes()).hexdigest()}", fill)
 
 
+def installed(distribution: str) -> Layer:
+    """A package of this environment with all that it requires, in `PACKAGES`."""
+    found: dict[str, importlib.metadata.Distribution] = {}
+    _collect(distribution, found)
+
+    def fill(root: Path) -> None:
+        target = root / PACKAGES.lstrip("/")
+        for one in found.values():
+            for file in one.files or ():
+                # Programs are beside site-packages; what was compiled is compiled again.
+                if ".." not in file.parts and "__pycache__" not in file.parts:
+                    copy = target / file
+                    copy.parent.mkdir(parents=True, exist_ok=True)
+                    shutil.copyfile(str(one.locate_file(file)), copy)
+        add_libraries(root)
+        compile_all(root)
+
+    versions = sorted(f"{name}=={one.version}" for name, one in found.items())
+    return Layer(distribution, f"{sys.version} {' '.join(versions)}", fill)
+
+
+def _collect(name: str, found: dict[str, importlib.metadata.Distribution]) -> None:
+    key = canonicalize_name(name)
+    if key in found:
+        return
+    found[key] = importlib.metadata.distribution(name)
+    for text in found[key].requires or ():
+        requirement = Requirement(text)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            _collect(requirement.name, found)
+
+
 def sources(name: str, files: Mapping[str, Path | str]) -> Layer:
     """Files and folders of this repository, compiled.
 
@@ -89,10 +125,13 @@ def sources(name: str, files: Mapping[str, Path | str]) -> Layer:
 def add_libraries(root: Path) -> None:
     """Copy the shared libraries that the programs and libraries below `root` need and that are not there."""
     needed: dict[str, Path] = {}
-    for path in _elf_files(root):
+    files = list(_elf_files(root))
+    # A wheel's own libraries find each other through the module that loads them.
+    there = {path.name for path in files}
+    for path in files:
         said = subprocess.run(["ldd", path], capture_output=True, text=True, check=False).stdout  # noqa: S607
-        if lost := re.findall(r"(\S+) => not found", said):
-            raise ClusterError(f"{path.relative_to(root)} needs {', '.join(lost)}: not on this machine")
+        if lost := set(re.findall(r"(\S+) => not found", said)) - there:
+            raise ClusterError(f"{path.relative_to(root)} needs {', '.join(sorted(lost))}: not on this machine")
         for name, found in re.findall(r"(?:(\S+) => )?(/\S+) \(0x", said):
             source = Path(found).resolve()
             if not source.is_relative_to(root.resolve()):

@@ -257,7 +257,7 @@ def _names(peer: Peer, owner: Owner, endpoint: Endpoint) -> bool:
     if peer.namespaces is None:
         there = endpoint.namespace == owner.namespace
     else:
-        labels = {**NAMESPACES[endpoint.namespace], "kubernetes.io/metadata.name": endpoint.namespace}
+        labels = {**NAMESPACES.get(endpoint.namespace, {}), "kubernetes.io/metadata.name": endpoint.namespace}
         there = _selects(peer.namespaces, labels)
     return there and (peer.pods is None or _selects(peer.pods, endpoint.labels))
 

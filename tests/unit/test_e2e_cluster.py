@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 import io
+import itertools
 import json
 import os
 import socket
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -177,22 +179,27 @@ def test_images_carry_the_names_that_are_rendered() -> None:
     assert names[2] == "vllm/vllm-openai:v0.33.0"
 
 
-async def test_reach_tells_open_from_refused_and_unknown() -> None:
-    closed = socket.socket()
-    closed.bind(("127.0.0.1", 0))  # bound, not listening: nobody else takes the port
-    server = await asyncio.start_server(lambda _reader, writer: writer.close(), "127.0.0.1", 0)
-    port = server.sockets[0].getsockname()[1]
-    try:
-        assert await reach.reach(f"127.0.0.1:{port}", 5) == reach.OPEN
-        assert await reach.reach(f"127.0.0.1:{closed.getsockname()[1]}", 5) == reach.REFUSED
-        assert await reach.reach("no-such-name.invalid:1", 5) == reach.UNKNOWN_NAME
-    finally:
-        closed.close()
-        server.close()
-        await server.wait_closed()
+def answer(target: str, seconds: float) -> str:
+    return reach.reach_each([target], seconds)[target]
 
 
-async def test_reach_calls_a_full_backlog_silent() -> None:
+def test_reach_tells_open_from_refused_and_unknown() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))  # bound, not listening: nobody else takes the port
+        assert answer(f"127.0.0.1:{server.getsockname()[1]}", 5) == reach.OPEN
+        assert answer(f"127.0.0.1:{closed.getsockname()[1]}", 5) == reach.REFUSED
+        assert answer("no-such-name.invalid:1", 5) == reach.UNKNOWN_NAME
+
+
+def test_a_handshake_that_is_noticed_late_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine the process has its turn after its own deadline."""
+    late = itertools.chain((0.0,), itertools.repeat(100.0))
+    monkeypatch.setattr("e2e.reach.time.monotonic", lambda: next(late))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        assert answer(f"127.0.0.1:{server.getsockname()[1]}", 5) == reach.OPEN
+
+
+def test_reach_calls_a_full_backlog_silent() -> None:
     with socket.socket() as full:
         full.bind(("127.0.0.1", 0))
         full.listen(0)
@@ -201,6 +208,26 @@ async def test_reach_calls_a_full_backlog_silent() -> None:
         for item in waiting:
             item.setblocking(False)
             item.connect_ex(target)
-        assert await reach.reach(f"{target[0]}:{target[1]}", 0.3) == reach.SILENT
+        assert answer(f"{target[0]}:{target[1]}", 0.3) == reach.SILENT
         for item in waiting:
             item.close()
+
+
+def test_a_watcher_tells_what_was_open_until_its_input_ends() -> None:
+    program = Path(reach.__file__)
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))  # not listening: refused
+        opened, shut = (f"127.0.0.1:{one.getsockname()[1]}" for one in (server, bound))
+        done = subprocess.run(  # noqa: S603 - this interpreter
+            [sys.executable, program, "--watch", opened, shut], input="", capture_output=True, text=True, check=True
+        )
+    found = json.loads(done.stdout)
+    assert (list(found["open"]), found["rounds"] >= 1) == ([opened], True)
+
+
+def test_only_what_others_could_reach_counts_as_listening() -> None:
+    with socket.create_server(("0.0.0.0", 0)) as reachable, socket.create_server(("127.0.0.1", 0)) as own:  # noqa: S104
+        there, hidden = reachable.getsockname(), own.getsockname()
+        found = reach.listening()
+    assert there in found
+    assert hidden not in found
