@@ -34,7 +34,8 @@ def main() -> int:
     except ClusterError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"{name}: {ARCHIVE}\n  python -m e2e.cluster load-image {ARCHIVE.relative_to(images.ROOT)}")
+    size = ARCHIVE.stat().st_size / 2**20
+    print(f"{name}: {ARCHIVE}, {size:.0f} MiB\n  python -m e2e.cluster load-image {ARCHIVE.relative_to(images.ROOT)}")
     return 0
 
 

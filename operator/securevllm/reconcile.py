@@ -331,6 +331,7 @@ class Reconciler:
                 seal_key=key.get(engine.SEAL, held.seal_key),
                 prober_key=key.get(engine.PROBER, b""),
                 groups=held.kept.groups if held.kept else {},
+                carried=self._rollout.carried(owner),
             )
             rendered, look = self._decided(owner, wanted, observed)
             gates = await self._rollout.shut(look)

@@ -204,6 +204,25 @@ class Rollout:
             memory: of the groups, as it was kept last.
             startup: seconds that an engine may take to become ready.
         """
+        workloads, strays = self._workloads(owner)
+        pods = self._pods(owner)
+        now = self._now().timestamp()
+        # Of two sides the first of each, then the second: a pair that can serve comes first.
+        ordered = sorted(rendered.groups, key=lambda item: _number(item.group.name))
+        groups = tuple(judge(_group(item, workloads, pods, memory), now, startup) for item in ordered)
+        return Look(groups, plan(groups, now), workloads, pods, tuple(strays))
+
+    def carried(self, owner: Owner) -> dict[str, tuple[str, ...]]:
+        """By group: hashes of the templates that its StatefulSets and pods carry, those of StatefulSets first."""
+        found: dict[str, list[str]] = {}
+        for (name, _), obj in self._workloads(owner)[0].items():
+            found.setdefault(name, []).append(read_workload(obj).pair.template)
+        for (name, _), pod in self._pods(owner).items():
+            found.setdefault(name, []).append(read_member(pod).pair.template)
+        return {name: tuple(dict.fromkeys(hashes)) for name, hashes in found.items()}
+
+    def _workloads(self, owner: Owner) -> tuple[dict[Place, KubeObject], list[KubeObject]]:
+        """StatefulSets of members, and those that only say they are the resource's."""
         workloads: dict[Place, KubeObject] = {}
         strays = []
         for obj in self._cache.indexed(owner.uid):
@@ -214,12 +233,7 @@ class Rollout:
                     workloads[place] = obj
                 else:
                     strays.append(obj)
-        pods = self._pods(owner)
-        now = self._now().timestamp()
-        # Of two sides the first of each, then the second: a pair that can serve comes first.
-        ordered = sorted(rendered.groups, key=lambda item: _number(item.group.name))
-        groups = tuple(judge(_group(item, workloads, pods, memory), now, startup) for item in ordered)
-        return Look(groups, plan(groups, now), workloads, pods, tuple(strays))
+        return workloads, strays
 
     def _pods(self, owner: Owner) -> dict[Place, KubeObject]:
         """Pods that a StatefulSet made under the name of a member: not those that only carry its labels."""
@@ -291,7 +305,12 @@ class Rollout:
             uid: of the resource.
         """
         groups = [item for item in rendered.groups if look.plan.steps[item.group.name] is not Step.WAIT]
-        outcome = await self._children.bring([obj for item in groups for obj in item.workloads], uid)
+        workloads = [obj for item in groups for obj in item.workloads]
+        # One that waits for its turn stays what it is; a member that is gone is a matter of the plan.
+        live = {Ref.of(obj) for obj in look.workloads.values()}
+        waiting = [item for item in rendered.former if look.plan.steps[item.group.name] is Step.WAIT]
+        workloads += [obj for item in waiting for obj in item.workloads if Ref.of(obj) in live]
+        outcome = await self._children.bring(workloads, uid)
         for item in groups:
             outcome += await self._end_old_pods(item, look)
         return outcome

@@ -90,6 +90,7 @@ class OperatorProcess:
         arguments: further ones of ``securevllm run``.
         canary_pods: whether it may make some; most tests look at every pod and every write.
         source: source root of the package.
+        measures: whether this release measures isolation; the first one does not, and lacks the options.
     """
 
     def __init__(
@@ -104,6 +105,7 @@ class OperatorProcess:
         arguments: Sequence[str] = (),
         canary_pods: bool = False,
         source: Path = ROOT / "operator",
+        measures: bool = True,
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.identity = identity
@@ -114,7 +116,9 @@ class OperatorProcess:
             token(kube, account=account, namespace=namespace), folder / "kubeconfig", token_file=self.token_file
         )
         self._arguments, self._source = tuple(arguments), source
-        self._canary_pods = canary_pods
+        # One port on one machine: several operators run side by side.
+        canaries = ["--no-canary-listener", *([] if canary_pods else ["--no-canary-pods"])]
+        self._canaries = tuple(canaries if measures else [])
         self._port = 0
         self._process: subprocess.Popen[bytes] | None = None
         # One client for all looks, without connections that stay: each new one loads certificates for 30 ms, which is
@@ -138,9 +142,7 @@ class OperatorProcess:
         command = [
             *(sys.executable, "-m", "securevllm", "run", "--kubeconfig", str(self._kubeconfig)),
             *("--http-host", "127.0.0.1", "--http-port", str(self._port), "--identity", self.identity),
-            *(() if self._canary_pods else ("--no-canary-pods",)),
-            "--no-canary-listener",  # one port on one machine: several operators run side by side
-            *("--operator-namespace", self.namespace, *self._arguments),
+            *("--operator-namespace", self.namespace, *self._canaries, *self._arguments),
         ]
         # Nothing of this process's environment: settings come from arguments only.
         environment = {"PYTHONPATH": str(self._source), "PATH": os.environ["PATH"], "PYTHONUNBUFFERED": "1"}

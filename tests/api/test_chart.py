@@ -6,7 +6,6 @@ engines, run on a hollow node, which counts them as ready.
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -23,9 +22,10 @@ from e2e.cluster.hollow import hollow_node
 from e2e.helm import find_or_install
 from securevllm.api import kinds
 from securevllm.api.kinds import Ref
+from tests.api import older
 from tests.api.audit import Audit, now
 from tests.api.kube import Kube, eventually
-from tests.api.operator_process import USER, OperatorProcess, new_namespace, resource
+from tests.api.operator_process import ROOT, USER, OperatorProcess, new_namespace, resource
 from tests.chart.programs import CHART, KUBECTL, MANIFESTS, NAME, Helm, HelmError
 
 pytestmark = pytest.mark.cluster
@@ -124,28 +124,16 @@ def test_the_api_server_takes_every_combination(cluster: Cluster, kube: Kube, he
 
 @pytest.fixture(scope="module")
 def previous(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The chart as a release before could have been: another version, and a field fewer in the definition."""
-    folder = tmp_path_factory.mktemp("previous") / "secure-vllm-operator"
-    shutil.copytree(CHART, folder)
-    about = folder / "Chart.yaml"
-    text = about.read_text(encoding="utf-8")
-    assert text.count("ersion: 0.1.0") == 2
-    about.write_text(text.replace("ersion: 0.1.0", "ersion: 0.0.9"), encoding="utf-8")
-    definition = folder / "files" / "crd.yaml"
-    crd = yaml.safe_load(definition.read_text(encoding="utf-8"))
-    del schema(crd)["properties"]["updatePolicy"]
-    definition.write_text(yaml.safe_dump(crd), encoding="utf-8")
-    return folder
+    """Chart and operator of before, as they were."""
+    return older.checkout(older.GROUPS, tmp_path_factory.mktemp("previous"))
 
 
-def schema(crd: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["spec"]
-    return found
-
-
-def definition(kube: Kube) -> dict[str, Any]:
+def is_newest(kube: Kube) -> bool:
+    """Whether the definition is that of today: ``status.operator`` came after the previous one."""
     name = "securevllmdeployments.securevllm.io"
-    return kube.request("GET", f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{name}")
+    crd = kube.request("GET", f"/apis/apiextensions.k8s.io/v1/customresourcedefinitions/{name}")
+    schema = crd["spec"]["versions"][0]["schema"]["openAPIV3Schema"]["properties"]["status"]
+    return "operator" in schema["properties"]
 
 
 def there(cluster: Cluster, objects: list[dict[str, Any]]) -> set[str]:
@@ -163,6 +151,22 @@ def pods(kube: Kube, namespace: str) -> dict[str, str]:
 UNPROVED = {"verification": {"mode": "Disabled"}}
 """No canary pods beside those that must stay; nothing enforces policies on a hollow node."""
 
+SHAPES: list[dict[str, Any]] = [
+    {"parallelism": {"tensor": 2, "nodes": 2}},
+    {"parallelism": {"data": {"size": 4, "sizeLocal": 2, "loadBalancing": "internal"}}},
+    {"disaggregation": {"connector": "nixl", "router": {"image": "vllm/vllm-router:v0.1.17"}}},
+]
+"""Of the first resources; the others are one pod each."""
+
+
+def models() -> list[dict[str, Any]]:
+    shapes = [*SHAPES, *([{}] * (RESOURCES - len(SHAPES)))]
+    engine = {"terminationGracePeriod": "2s"}
+    return [
+        resource("llm", f"model-{index}", engine=engine, security=UNPROVED, **shape)
+        for index, shape in enumerate(shapes)
+    ]
+
 
 @pytest.mark.slow
 def test_install_upgrade_rollback_uninstall_with_resources_that_run(
@@ -171,40 +175,43 @@ def test_install_upgrade_rollback_uninstall_with_resources_that_run(
     def run(*arguments: str) -> str:
         return helm(*arguments, "--namespace", NAME, kubeconfig=cluster.kubeconfig)
 
-    def operator(term: str) -> OperatorProcess:
+    def operator(term: str, source: Path = ROOT) -> OperatorProcess:
         # The rights and the service account are those that the release made.
-        return OperatorProcess(cluster, kube, tmp_path / term, identity=term)
+        return OperatorProcess(cluster, kube, tmp_path / term, identity=term, source=source / "operator")
 
     wait = ["--wait", "--timeout", "120s"]
     with namespaces(kube, "llm"), hollow_node(cluster):
-        notes = run("install", NAME, str(previous), "--create-namespace", *wait)
+        notes = run("install", NAME, str(previous / "charts" / NAME), "--create-namespace", *wait)
         assert "The next three commands" in notes
         assert "WARNING" not in notes
-        assert "updatePolicy" not in schema(definition(kube))["properties"]
+        assert not is_newest(kube)
 
-        with operator("first") as first:
-            for index in range(RESOURCES):
-                kube.create(
-                    resource("llm", f"model-{index}", engine={"terminationGracePeriod": "2s"}, security=UNPROVED)
-                )
+        with operator("first", previous) as first:
+            for obj in models():
+                kube.create(obj)
+            eventually(lambda: engines_ready(kube) == RESOURCES, 240, pause=0.5)
             eventually(lambda: len(pods(kube, "llm")) >= 2 * RESOURCES, 120, pause=0.5)
-            eventually(lambda: engines_ready(kube) == RESOURCES, 120, pause=0.5)
-            before = pods(kube, "llm")
             assert first.stop() == 0
+        before, secrets = pods(kube, "llm"), passwords(kube)
 
         since = now()
         run("upgrade", NAME, str(CHART), *wait)
-        assert "updatePolicy" in schema(definition(kube))["properties"]
+        assert is_newest(kube)
         with operator("second") as second:
             settle(cluster, since)
             assert pods(kube, "llm") == before
+            assert passwords(kube) == secrets
+            eventually(lambda: engines_ready(kube) == RESOURCES, 60)
             assert second.stop() == 0
 
+        since = now()
         run("rollback", NAME, "1", *wait)
-        assert "updatePolicy" not in schema(definition(kube))["properties"]
-        with operator("third") as third:
+        assert not is_newest(kube)
+        with operator("third", previous) as third:
             settle(cluster, since)
             assert pods(kube, "llm") == before
+            assert passwords(kube) == secrets
+            eventually(lambda: engines_ready(kube) == RESOURCES, 60)
             assert third.stop() == 0
 
         # The definition is kept, and with it what runs.
@@ -225,6 +232,11 @@ def test_install_upgrade_rollback_uninstall_with_resources_that_run(
         eventually(lambda: pods(kube, "llm") == {}, 300, pause=0.5)
         run("uninstall", NAME, *wait)
         eventually(lambda: there(cluster, objects) == set(), 60)
+
+
+def passwords(kube: Kube) -> dict[str, Any]:
+    """Content of the Secrets, by name."""
+    return {item["metadata"]["name"]: item["data"] for item in kube.list(kinds.SECRET, "llm")}
 
 
 def engines_ready(kube: Kube) -> int:

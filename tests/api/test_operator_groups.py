@@ -370,6 +370,45 @@ def test_suspended_and_resumed(cluster: Cluster, kube: Kube, operator: OperatorP
         assert events(kube, namespace, "GroupRestarted") == []
 
 
+def test_a_group_that_waits_for_its_turn_is_repaired_also_by_an_operator_that_did_not_roll_it_out(lab: Lab) -> None:
+    kube, room = lab.kube, threading.Event()
+    room.set()
+    with (
+        new_namespace(kube, "groups") as namespace,
+        hollow_node(lab.cluster, namespace=namespace, fits=lambda _pod: room.is_set()),
+        lab.operator("turns") as operator,
+    ):
+        kube.create(resource(namespace, parallelism=TWO_NODES, replicas=2))
+        before = until_whole(kube, namespace, "e0", "e1")
+        waiting = Ref(kinds.STATEFUL_SET, namespace, "llama-e1-1")
+        old = kube.get(waiting)["spec"]
+        room.clear()  # e0 finds no node after it was rolled, and e1 waits for it
+        kube.patch(svllm(namespace), {"spec": {"engine": {"args": ["--max-model-len=4096"]}}})
+        eventually(lambda: events(kube, namespace, "GroupRolled"), 60)
+        eventually(lambda: uids(look(kube, namespace), "e0") & uids(before, "e0") == set(), 60)
+
+        def edit() -> None:
+            pod = {"hostNetwork": True, "priority": None, "serviceAccountName": "default"}
+            kube.patch(waiting, {"spec": {"template": {"metadata": {"labels": {"team": "x"}}, "spec": pod}}})
+
+        def repaired() -> bool:
+            assert kube.get(waiting)["spec"] == old
+            return True
+
+        edit()
+        eventually(repaired, 60)
+        with operator.down():
+            edit()
+            assert kube.get(waiting)["spec"] != old
+        eventually(repaired, 60)
+        assert uids(look(kube, namespace), "e1") == uids(before, "e1")
+        room.set()
+        eventually(lambda: not uids(look(kube, namespace), "e1") & uids(before, "e1"), 60)
+        after = until_whole(kube, namespace, "e0", "e1", seconds=60)
+        assert len({pod.pair[0] for pod in after.values()}) == 1
+        assert operator.stop() == 0
+
+
 # ------------------------------------------------------------------------------------------------ the operator's end
 
 

@@ -12,7 +12,7 @@ from enum import StrEnum
 from typing import TYPE_CHECKING
 
 from securevllm.render import accepted as kept
-from securevllm.render import engine, envoy, fetch, gate, gateway, keys, pods, policies, router
+from securevllm.render import engine, envoy, fetch, former, gate, gateway, keys, pods, policies, router
 from securevllm.render.meta import Object, Owner, stamp
 from securevllm.render.readback import versions_of
 from securevllm.render.vllm import Process
@@ -54,6 +54,7 @@ class Observed:
         seal_key: key of the seal on what was accepted, and of everything that is derived from a secret.
         groups: what is remembered of each group, by its name; kept as it is given, and the epochs are rendered.
         prober_key: the prober's own client key.
+        carried: by group: hashes of the templates that its StatefulSets and pods carry.
     """
 
     client_keys: tuple[envoy.ClientKey, ...] = ()
@@ -64,6 +65,7 @@ class Observed:
     seal_key: bytes = field(default=b"", repr=False)
     groups: Mapping[str, kept.GroupMemory] = field(default_factory=dict)
     prober_key: bytes = field(default=b"", repr=False)
+    carried: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def clients(self) -> tuple[envoy.ClientKey, ...]:
         """Everybody whom the gateways let in."""
@@ -86,6 +88,7 @@ class Rendered:
         workloads: wave 3, the StatefulSets of groups included.
         groups: the same StatefulSets by group, so that each can be applied, restarted and removed as one; none that
             is withheld.
+        former: the groups that still carry another template, as they were rolled out: until their turn they stay so.
         withheld: workloads that are not made yet, because their model is not there; what exists of them stays.
         outdated: workloads that a fresh rendering would change.
         gateway_files: Envoy file name to text, without keys.
@@ -101,6 +104,7 @@ class Rendered:
     configuration: tuple[Object, ...]
     workloads: tuple[Object, ...]
     groups: tuple[engine.RenderedGroup, ...]
+    former: tuple[engine.RenderedGroup, ...]
     withheld: tuple[Object, ...]
     outdated: tuple[str, ...]
     gateway_files: Mapping[str, str]
@@ -172,7 +176,14 @@ def render(owner: Owner, accepted: Accepted, context: Context, observed: Observe
             observed.pins.get(router.ROLE),
             spec.update_policy,
         )
-    memory = kept.Kept(accepted.raw, {name: item.pin for name, item in settled.items()}, observed.groups)
+    pinned = {name: item.pin for name, item in settled.items()}
+    groups = tuple(group for item in replicas for group in item.groups)
+    known = former.templates(observed.pins)
+    wanted, carried = (
+        {group.template for group in groups},
+        {item for items in observed.carried.values() for item in items},
+    )
+    memory = kept.Kept(accepted.raw, pinned | former.kept(known, wanted, carried), observed.groups)
 
     configuration = [
         kept.config_map(owner, memory, observed.seal_key),
@@ -199,7 +210,8 @@ def render(owner: Owner, accepted: Accepted, context: Context, observed: Observe
         generated=tuple(generated(owner, accepted, context)),
         configuration=tuple(stamp(item) for item in configuration if item is not None),
         workloads=tuple(stamp(item) for item in workloads if item is not None),
-        groups=tuple(group for item in replicas for group in item.groups),
+        groups=groups,
+        former=tuple(former.groups(owner, spec, known, groups, carried=observed.carried, memory=observed.groups)),
         withheld=tuple(withheld),
         outdated=tuple(sorted({name.partition("/")[0] for name, item in settled.items() if item.outdated})),
         gateway_files=files,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from securevllm.api.units import seconds
 from securevllm.render import fetch, gate, pods, sidecar, vllm
 from securevllm.render.meta import (
+    COMPONENT,
     ENGINE_KEY_ANNOTATION,
     EPOCH_LABEL,
     GROUP_LABEL,
@@ -139,25 +140,54 @@ def groups(process: Process, templates: tuple[Object, ...], epochs: Mapping[str,
         epochs: by name of the group; absent: 0.
     """
     side = process.side
-    hashed = digest([side.shape.pods, *templates])
+    hashed = template_hash(side.shape.pods, templates)
     rendered = []
     for group in process.topology.groups:
         if group.role is not side.role:
             continue
         epoch = epochs.get(group.name, 0)
-        pair = {TEMPLATE_LABEL: hashed, EPOCH_LABEL: str(epoch)}
-        workloads = tuple(
-            _stateful_set(process.owner, process.spec, group, member, _filled(side, group, member, templates, pair))
-            for member in range(side.shape.pods)
-        )
+        shape = side.shape.pods, side.shape.ranks
+        workloads = stateful_sets(process.owner, process.spec, group, shape, templates, pair=(hashed, epoch))
         rendered.append(RenderedGroup(group, hashed, epoch, workloads))
     return rendered
 
 
-def _filled(side: Side, group: Group, member: int, templates: tuple[Object, ...], pair: dict[str, str]) -> Object:
-    template: Object = vllm.fill(templates[min(member, 1)], group.name, member, member * side.shape.ranks)
+def template_hash(pods: int, templates: tuple[Object, ...]) -> str:
+    """Value of ``TEMPLATE_LABEL``: what the pods of a group are, but for their place and epoch."""
+    return digest([pods, *templates])
+
+
+def stateful_sets(
+    owner: Owner,
+    spec: api.Spec,
+    group: Group,
+    shape: tuple[int, int],
+    templates: tuple[Object, ...],
+    *,
+    pair: tuple[str, int],
+) -> tuple[Object, ...]:
+    """One StatefulSet for each member.
+
+    Args:
+        owner: the resource.
+        spec: the accepted one; suspended, there are no pods.
+        group: whose members.
+        shape: pods of the group, and data-parallel ranks of each.
+        templates: of the head, and of the others if there are any; with the marks of ``vllm.fill``.
+        pair: hash of the templates, and epoch.
+    """
+    size, ranks = shape
+    labels = {TEMPLATE_LABEL: pair[0], EPOCH_LABEL: str(pair[1])}
+    return tuple(
+        _stateful_set(owner, spec, group, member, _filled(templates, group, member, member * ranks, labels))
+        for member in range(size)
+    )
+
+
+def _filled(templates: tuple[Object, ...], group: Group, member: int, rank: int, labels: dict[str, str]) -> Object:
+    template: Object = vllm.fill(templates[min(member, 1)], group.name, member, rank)
     metadata = template["metadata"]
-    return template | {"metadata": metadata | {"labels": metadata["labels"] | pair}}
+    return template | {"metadata": metadata | {"labels": metadata["labels"] | labels}}
 
 
 def _stateful_set(owner: Owner, spec: api.Spec, group: Group, member: int, template: Object) -> Object:
@@ -166,7 +196,7 @@ def _stateful_set(owner: Owner, spec: api.Spec, group: Group, member: int, templ
         "apps/v1",
         "StatefulSet",
         f"{group.name}-{member}",
-        group.members[member].value,
+        template["metadata"]["labels"][COMPONENT],
         spec={
             "replicas": 0 if spec.suspend else 1,
             "revisionHistoryLimit": 1,
