@@ -131,7 +131,10 @@ def test_an_absent_token_is_named(kube: Kube, namespace: str) -> None:
     token = {"tokenSecretRef": {"name": "hub", "key": "token"}}
     ref = Ref.of(kube.create(resource(namespace, model=model("org/model", **token))))
     found = await_condition(kube, ref, "EnginesReady", "False", reason="SecretMissing")
-    assert found["message"] == "Secret hub (model.source.huggingFace.tokenSecretRef) does not exist."
+    assert (
+        found["message"]
+        == "Secret hub (model.source.huggingFace.tokenSecretRef) does not exist. See docs/status.md#secretmissing."
+    )
     assert condition(kube, ref, "GatewayReady")["reason"] == "Progressing"
     assert "HF_TOKEN" in str(the_job(kube, namespace)["spec"]["template"]["spec"]["containers"][0]["env"])
 

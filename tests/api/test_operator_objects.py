@@ -293,7 +293,10 @@ def with_keys(namespace: str) -> KubeObject:
 def test_an_absent_secret_of_keys_is_named_and_noticed_at_once_when_it_appears(kube: Kube, namespace: str) -> None:
     ref = Ref.of(kube.create(with_keys(namespace)))
     found = await_condition(kube, ref, "GatewayReady", "False", reason="SecretMissing")
-    assert found["message"] == "Secret clients (gateway.authentication.apiKeys) does not exist."
+    assert (
+        found["message"]
+        == "Secret clients (gateway.authentication.apiKeys) does not exist. See docs/status.md#secretmissing."
+    )
     assert condition(kube, ref, "Accepted")["status"] == "True"
 
     kube.create(secret(namespace, "clients", {"alice": "alice-key-0123456789"}))
@@ -332,7 +335,7 @@ def test_two_clients_never_share_a_key(kube: Kube, namespace: str) -> None:
 def test_an_absent_tls_secret_is_named(kube: Kube, namespace: str) -> None:
     ref = Ref.of(kube.create(resource(namespace, gateway={"tls": {"secretName": "certificate"}})))
     found = await_condition(kube, ref, "GatewayReady", "False", reason="SecretMissing")
-    assert found["message"] == "Secret certificate (gateway.tls) does not exist."
+    assert found["message"] == "Secret certificate (gateway.tls) does not exist. See docs/status.md#secretmissing."
     assert kube.find(Ref(SECRET, namespace, "llama-gateway-tls")) is None
 
     kube.create(secret(namespace, "certificate", {"tls.crt": "x", "tls.key": "y"}))

@@ -86,7 +86,8 @@ def test_health(name: str) -> None:
 
 
 def test_a_message_says_what_the_condition_says() -> None:
-    assert health(CASES["isolation broken while it serves"][0])[1].endswith("admission webhook said no")
+    told = health(CASES["isolation broken while it serves"][0])[1]
+    assert told.endswith("admission webhook said no. See docs/status.md#policynotapplied.")
     assert "spec.image" in health(CASES["spec refused"][0])[1]
     assert health(CASES["a group is broken"][0])[1].endswith("e0 is broken: it was lost.")
     assert "https://llama-gateway" in health(CASES["serving"][0])[1]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,6 +11,7 @@ import pytest
 from securevllm.errors import Problem
 from securevllm.status import Facts, Failure, Fetch, Gateway, Workload, fetch, status, transitions, workload
 
+ROOT = Path(__file__).parents[2]
 NOW, LATER = "2026-01-01T00:00:00Z", "2026-01-01T00:01:00Z"
 DONE = Workload(desired=2, updated=2, ready=2, replicas=2)
 GOOD: dict[str, Any] = {
@@ -146,6 +149,17 @@ def test_conditions(name: str, truth: str, reason: str, told: str, facts: dict[s
 
 def test_a_policy_that_is_not_as_it_should_be_unreadies() -> None:
     assert conditions(failures=(CONTESTED,))["Ready"]["reason"] == "DriftContested"
+
+
+def test_what_needs_a_person_names_the_heading_with_the_way_out() -> None:
+    refused = conditions(problems=(WRONG,))
+    headings = re.findall(r"^### (\w+)$", (ROOT / "docs" / "status.md").read_text(encoding="utf-8"), re.MULTILINE)
+    for name in ("Accepted", "Ready"):
+        found = refused[name]
+        assert found["reason"] in headings
+        assert found["message"].endswith(f" See docs/status.md#{found['reason'].lower()}.")
+    # What goes by itself, and what is well, does not.
+    assert [item["message"] for item in conditions().values() if "docs/status.md" in item["message"]] == []
 
 
 def test_messages_fit() -> None:

@@ -290,12 +290,21 @@ def merge(facts: Facts, previous: Iterable[Mapping[str, Any]], now: str) -> list
                 "type": name,
                 "status": verdict.status,
                 "reason": verdict.reason,
-                "message": verdict.message[:_MESSAGE_LIMIT],
+                "message": _with_page(verdict),
                 "observedGeneration": facts.generation,
                 "lastTransitionTime": old["lastTransitionTime"] if kept and old else now,
             }
         )
     return merged
+
+
+def _with_page(verdict: Verdict) -> str:
+    """The message, and where the way out is told, of what does not go by itself."""
+    stop = "" if verdict.message.endswith((".", "!", "?")) else "."
+    page = f"{stop} See docs/status.md#{verdict.reason.lower()}."
+    if verdict.status != "False" or verdict.reason in {*_CALM, "SpecAccepted", "ScaledToZero"}:
+        page = ""
+    return verdict.message[: _MESSAGE_LIMIT - len(page)] + page
 
 
 @dataclass(frozen=True)
