@@ -199,7 +199,7 @@ def main() -> None:
     What a deployment that you already have exposes:
         securevllm check -f vllm.yaml
     In a cluster the operator is installed with:
-        kubectl apply -k manifests/install
+        kubectl apply --server-side -k manifests/install
     """  # noqa: D301 - click wants the character
 
 

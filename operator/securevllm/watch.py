@@ -337,7 +337,7 @@ def _unusable(group: str, plural: str, namespace: str | None, error: ApiError) -
             f'Allow it: apiGroups: ["{group}"], resources: ["{plural}"], verbs: ["get", "list", "watch"]'
         )
     fix = (
-        "Install the CRD: kubectl apply -f crds/"
+        "Install the CRD: kubectl apply --server-side -k crds"
         if group.endswith("securevllm.io")
         else "This version of Kubernetes does not have it"
     )

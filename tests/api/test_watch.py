@@ -273,7 +273,7 @@ async def test_a_kind_that_is_not_served_says_what_to_install(cluster: Cluster, 
     )
 
     with pytest.raises(
-        OperatorError, match=r"nothings\.nothing\.securevllm\.io is not served .* kubectl apply -f crds/"
+        OperatorError, match=r"nothings\.nothing\.securevllm\.io is not served .* kubectl apply --server-side -k crds"
     ):
         await watcher.run()
 

@@ -36,7 +36,7 @@ def refusal(cls: type[APIError], status: int, plural: str, group: str, message: 
             refusal(APINotFoundError, 404, "securevllmdeployments", "securevllm.io", "gone"),
             (
                 "securevllmdeployments.securevllm.io is not served by the API server (gone). "
-                "Install the CRD: kubectl apply -f crds/"
+                "Install the CRD: kubectl apply --server-side -k crds"
             ),
         ),
         (
