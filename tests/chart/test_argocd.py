@@ -89,7 +89,9 @@ def test_a_message_says_what_the_condition_says() -> None:
     told = health(CASES["isolation broken while it serves"][0])[1]
     assert told.endswith("admission webhook said no. See docs/status.md#policynotapplied.")
     assert "spec.image" in health(CASES["spec refused"][0])[1]
-    assert health(CASES["a group is broken"][0])[1].endswith("e0 is broken: it was lost. See docs/status.md#groupbroken.")
+    assert health(CASES["a group is broken"][0])[1].endswith(
+        "e0 is broken: it was lost. See docs/status.md#groupbroken."
+    )
     assert "https://llama-gateway" in health(CASES["serving"][0])[1]
 
 
