@@ -42,7 +42,7 @@ def test_a_bad_spec_is_refused_with_the_field_the_value_and_the_way_out(kube: Ku
 
     accepted = condition(kube, Ref.of(obj), "Accepted")
     assert accepted["message"].startswith("spec.engine.args[0] '--trust-remote-code': ")
-    assert accepted["message"].endswith("What was accepted before keeps running unchanged.")
+    assert "What was accepted before keeps running unchanged." in accepted["message"]
     stalled = condition(kube, Ref.of(obj), "Stalled")
     assert (stalled["status"], stalled["reason"]) == ("True", "ArgumentRefused")
     assert condition(kube, Ref.of(obj), "Ready")["message"].startswith("Accepted: spec.engine.args[0]")

@@ -65,7 +65,7 @@ def test_what_was_accepted_goes_on_when_the_bounds_become_narrower(lab: Lab, tmp
         with lab.operator("narrow", arguments=arguments):
             told = await_condition(kube, ref, "Accepted", "False", reason="OutOfBounds", seconds=40)
             assert told["message"].startswith("spec.image 'vllm/vllm-openai:v0.33.0': the platform does not allow")
-            assert told["message"].endswith("What was accepted before keeps running unchanged.")
+            assert "What was accepted before keeps running unchanged." in told["message"]
             # It is still cared for: what somebody changes is put right.
             engine = Ref(DEPLOYMENT, namespace, "llama-engine")
             kube.patch(engine, {"spec": {"replicas": 7}})
