@@ -46,13 +46,17 @@ class Expected:
         return same and first <= listener.port <= last
 
 
-def expected(argv: Sequence[str], env: Mapping[str, str], version: Version) -> tuple[Expected, ...]:
+def expected(
+    argv: Sequence[str], env: Mapping[str, str], version: Version, interface: str = ""
+) -> tuple[Expected, ...]:
     """What the catalogue says that a process of vLLM listens on.
 
     Args:
         argv: what follows ``vllm serve``.
         env: its environment.
         version: its release.
+        interface: address of the interface that its variables name; empty: as this machine has it, and of several that
+            of VLLM_HOST_IP.
 
     Raises:
         ArgumentError: vLLM would refuse the command line.
@@ -61,7 +65,8 @@ def expected(argv: Sequence[str], env: Mapping[str, str], version: Version) -> t
     here = world(args, version)
     found = []
     for row in here.rows():
-        address = place(row, args, env)
+        by_interface = interface and row.bind == "address of the interface"
+        address = interface if by_interface else place(row, args, env)
         for rank in here.data_ranks if row.per == "rank" else (0,):
             first, last = (port + rank for port in port_of(row, args, env))
             found.append(Expected(row.name, row.protocol, _all_as_one(address), first, last))

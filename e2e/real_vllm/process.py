@@ -36,6 +36,8 @@ FLAGS = (
 )
 """What lets the tiny model run on a CPU; the command line of the operator has the rest."""
 
+_LOOPBACK = "127.0.0.1"
+"""Gloo takes the first address of an interface, and all of these processes share theirs."""
 _START_SECONDS = 1200.0
 """For a minute's work on an idle machine of two cores."""
 _END_SECONDS = 60.0
@@ -104,7 +106,7 @@ class RealVllm:
     def explained(self) -> dict[Listener, tuple[str, ...]]:
         """Its sockets, and the rows of the catalogue that its command line gives each."""
         seen = self.seen()
-        return explain(seen, expected(serve_arguments(seen), seen.environment, packages.version()))
+        return explain(seen, expected(serve_arguments(seen), seen.environment, packages.version(), _LOOPBACK))
 
     def end(self) -> None:
         """End it, and whatever of it is left."""

@@ -16,7 +16,6 @@ from e2e.cluster.errors import ClusterError
 
 _CUDA = re.compile(r"lib(?:cu(?!dart)|nccl|nvrtc|nvshmem|nvJit)\w*\.so\.\d+")
 _UNVERSIONED = re.compile(r"(?:nccl|curand|cuFile|cusparseLt|cusolver|nvshmem)[A-Za-z_]")
-_LAZY = "libcaffe2_nvrtc.so"  # torch opens it for a GPU only
 
 Symbols = dict[str, dict[str, set[str]]]
 """Library -> version -> symbols; version "" has those without one."""
@@ -28,7 +27,7 @@ def make(libraries: Path) -> None:
     Raises:
         ClusterError: no gcc or readelf, or they failed.
     """
-    wanted = needed({path.name: _read(path) for path in sorted(libraries.glob("*.so*")) if path.name != _LAZY})
+    wanted = needed({path.name: _read(path) for path in sorted(libraries.glob("*.so*"))})
     for name, versions in wanted.items():
         _compile(libraries / name, versions)
 

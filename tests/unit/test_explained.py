@@ -93,6 +93,12 @@ def test_a_port_that_the_kernel_draws_is_explained_on_the_own_address_only(addre
     assert named(argv, Listener("TCP", IP, 40000), Listener("TCP", address, 40000)) == [("gloo",), ()]
 
 
+def test_what_binds_an_interface_is_explained_on_the_address_that_the_interface_has() -> None:
+    env = {**ENV, "GLOO_SOCKET_IFNAME": "no-interface-of-this-machine"}
+    [row] = [row for row in expected(("/model",), env, V032, "10.9.9.9") if row.name == "gloo"]
+    assert row.address == "10.9.9.9"
+
+
 def test_a_row_without_a_number_explains_no_port_that_somebody_chose() -> None:
     assert named(("/model",), Listener("TCP", IP, 22)) == [()]
 
