@@ -67,6 +67,32 @@ def test_kustomize_and_helm_make_the_same_objects(helm: Helm, tmp_path: Path, va
         assert charted[name] == obj, name
 
 
+def documented(folder: Path) -> list[Object]:
+    """Objects of the kustomization that docs/install.md shows, word by word, without what needs prometheus-operator."""
+    page = (MANIFESTS.parent / "docs" / "install.md").read_text(encoding="utf-8")
+    text = page.partition("## kustomize")[2].partition("```yaml\n")[2].partition("```")[0]
+    for part in ("manifests", "crds"):
+        _copy(MANIFESTS.parent / part, folder / "secure-vllm-operator" / part)
+    lines = [line for line in text.splitlines() if "/manifests/monitoring" not in line]
+    (folder / "kustomization.yaml").write_text("\n".join(lines), encoding="utf-8")
+    return kustomize(folder)
+
+
+def test_the_kustomization_of_the_page_is_the_chart_with_its_image(helm: Helm, tmp_path: Path) -> None:
+    built = by_key(without_labels(obj, HELM_ONLY) for obj in documented(tmp_path))
+    del built[NAMESPACE]
+    options = ["--set", "image.repository=registry.example.com/secure-vllm-operator"]
+    charted = by_key(without_labels(obj, HELM_ONLY) for obj in helm.template(*options))
+    assert built == charted
+    deployment = built["Deployment", "secure-vllm-operator", "secure-vllm-operator"]
+    operator = deployment["spec"]["template"]["spec"]["containers"][0]
+    images = {
+        operator["image"],
+        *(item["value"] for item in operator["env"] if item["name"].endswith("OPERATOR_IMAGE")),
+    }
+    assert images == {"registry.example.com/secure-vllm-operator:0.1.0"}
+
+
 @pytest.mark.parametrize(("variant", "namespace"), [("install", None), ("install-namespaced", "llm")])
 def test_the_lease_is_the_one_that_is_held(variant: str, namespace: str | None) -> None:
     built = by_key(kustomize(MANIFESTS / variant))
