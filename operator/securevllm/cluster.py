@@ -33,7 +33,7 @@ from kubernetes.aio.config import ConfigException, load_kube_config
 from kubernetes.aio.config.incluster_config import InClusterConfigLoader
 
 from securevllm import __version__
-from securevllm.api.kinds import EVENT, SECRET, Kind, KubeObject, Ref
+from securevllm.api.kinds import ACCESS_REVIEW, EVENT, SECRET, Kind, KubeObject, Ref
 from securevllm.context import FIELD_MANAGER
 from securevllm.errors import (
     AlreadyExists,
@@ -104,6 +104,9 @@ class Kubernetes(Protocol):
 
     async def list(self, kind: Kind, namespace: str | None = None, label_selector: str | None = None) -> Listing:
         """Read all objects of a kind; of all namespaces when `namespace` is None."""
+
+    async def allowed(self, verb: str, kind: Kind, namespace: str | None) -> bool:
+        """Whether the login may do this to objects of a kind, in a namespace or, with None, in all of them."""
 
     async def create(self, obj: KubeObject) -> KubeObject:
         """POST; never retried. Raises `AlreadyExists`."""
@@ -298,6 +301,19 @@ class KubernetesClient:
             if not token:
                 return Listing(items, int(page["metadata"]["resourceVersion"]))
             query["continue"] = token
+
+    async def allowed(self, verb: str, kind: Kind, namespace: str | None) -> bool:
+        """See `Kubernetes.allowed`."""
+        asked = {"verb": verb, "group": kind.group, "resource": kind.plural, "namespace": namespace or ""}
+        # Metadata must be empty.
+        review = {
+            "apiVersion": ACCESS_REVIEW.api_version,
+            "kind": ACCESS_REVIEW.kind,
+            "spec": {"resourceAttributes": asked},
+        }
+        what = f"SelfSubjectAccessReview of {verb} {kind.plural}"
+        answer = await self._send(_Request("create", "POST", ACCESS_REVIEW, what, ACCESS_REVIEW.path(), body=review))
+        return bool(answer["status"]["allowed"])
 
     async def create(self, obj: KubeObject) -> KubeObject:
         """See `Kubernetes.create`."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
 
 import aiohttp
@@ -62,6 +62,9 @@ class Gateways(Protocol):
     async def served(self, pods: Sequence[Pod], port: int) -> Mapping[str, Served | None]:
         """Per pod name what it serves; None when it did not answer."""
 
+    async def engine_versions(self, pods: Sequence[Pod], port: int) -> frozenset[str]:
+        """What an engine behind each of them says of its version; without those that did not answer."""
+
 
 class HttpGateways:
     """Over the ops port of each gateway pod."""
@@ -75,25 +78,33 @@ class HttpGateways:
         answers = await asyncio.gather(*(self._ask_twice(pod, port) for pod in pods))
         return {pod.name: answer for pod, answer in zip(pods, answers, strict=True)}
 
+    async def engine_versions(self, pods: Sequence[Pod], port: int) -> frozenset[str]:
+        """See ``Gateways.engine_versions``."""
+        texts = await asyncio.gather(*(self._get(pod, port, envoy.ENGINE_VERSION_PATH) for pod in pods))
+        return frozenset(filter(None, (readback.parse_engine_version(text or "") for text in texts)))
+
     async def _ask_twice(self, pod: Pod, port: int) -> Served | None:
         """One lost packet is no news."""
         return await self._ask(pod, port) or await self._ask(pod, port)
 
     async def _ask(self, pod: Pod, port: int) -> Served | None:
+        text = await self._get(pod, port, envoy.VERSIONS_PATH)
+        return None if text is None else Served(readback.parse_versions(text), readback.parse_healthy(text))
+
+    async def _get(self, pod: Pod, port: int, path: str) -> str | None:
         host = f"[{pod.address}]" if ":" in pod.address else pod.address
         timeout = aiohttp.ClientTimeout(total=_TIMEOUT)
         try:
             async with (
                 self._slots,
-                self._session.get(f"http://{host}:{port}{envoy.VERSIONS_PATH}", timeout=timeout) as answer,
+                self._session.get(f"http://{host}:{port}{path}", timeout=timeout, allow_redirects=False) as answer,
             ):
                 if answer.status != 200:  # noqa: PLR2004 - HTTP
                     return None
                 # A pod is not to be trusted with the operator's memory.
-                text = (await answer.content.read(_LIMIT)).decode(errors="replace")
+                return (await answer.content.read(_LIMIT)).decode(errors="replace")
         except (aiohttp.ClientError, TimeoutError, OSError):
             return None
-        return Served(readback.parse_versions(text), readback.parse_healthy(text))
 
 
 @dataclass
@@ -136,7 +147,8 @@ class ReadBack:
             return Facts(), None
         expected = readback.versions_of(rendered.served_files())
         addresses = [Pod(pod["metadata"]["name"], pod["status"]["podIP"]) for pod in pods]
-        answers = await self._gateways.served(addresses, rendered.topology.socket(Role.GATEWAY, "ops").port)
+        port = rendered.topology.socket(Role.GATEWAY, "ops").port
+        answers = await self._gateways.served(addresses, port)
         stale = {
             name: tuple(sorted(file for file, version in expected.items() if served.versions.get(file) != version))
             for name, served in answers.items()
@@ -149,6 +161,8 @@ class ReadBack:
         )
         if not found.silent and not any(stale.values()) and not (engines and found.unconnected):
             self.forget(owner.namespace, owner.name)
+            if engines and rendered.topology.entry is Role.ENGINE:
+                found = replace(found, reported=tuple(sorted(await self._gateways.engine_versions(addresses, port))))
             return found, None
         revision = rendered.revision()
         await asyncio.gather(*(self._nudge(pod, revision) for pod in pods if stale.get(pod["metadata"]["name"])))

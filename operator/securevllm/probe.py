@@ -167,7 +167,7 @@ async def _rights(kubernetes: Kubernetes, namespaces: Sequence[str]) -> None:
         OperatorError: names those that are missing.
     """
     asked = [(namespace, verb) for namespace in namespaces for verb in ("create", "delete", "list")]
-    answers = await asyncio.gather(*(_may(kubernetes, namespace, verb) for namespace, verb in asked))
+    answers = await asyncio.gather(*(kubernetes.allowed(verb, kinds.POD, namespace) for namespace, verb in asked))
     missing: dict[str, list[str]] = {}
     for (namespace, verb), allowed in zip(asked, answers, strict=True):
         if not allowed:
@@ -180,25 +180,11 @@ async def _rights(kubernetes: Kubernetes, namespaces: Sequence[str]) -> None:
         )
 
 
-async def _may(kubernetes: Kubernetes, namespace: str, verb: str) -> bool:
-    asked = {"namespace": namespace, "verb": verb, "resource": kinds.POD.plural}
-    kind = kinds.ACCESS_REVIEW
-    answer = await kubernetes.create(
-        {
-            "apiVersion": kind.api_version,
-            "kind": kind.kind,
-            "metadata": {"name": "probe"},
-            "spec": {"resourceAttributes": asked},
-        }
-    )
-    return bool(answer["status"]["allowed"])
-
-
 async def _status(kubernetes: Kubernetes, resource: KubeObject, wait: float, tell: Callable[[str], None]) -> Report:
     until, told = time.monotonic() + wait, False
     while True:
         found = report.measured_by_operator(resource, datetime.now(UTC))
-        if found.proof.status != "Unknown" or time.monotonic() >= until:
+        if found.proof.status != "Unknown" or found.exit_code == 0 or time.monotonic() >= until:
             return found
         if not told:
             tell(f"{found.namespace}/{found.name}: waiting up to {wait:.0f} s for the operator ({found.proof.reason})")
@@ -263,7 +249,7 @@ class _Measurement:
         """
         accepted, notes = await self._accepted()
         topology = plan(accepted.spec, Context())
-        pods = await self._pods(topology)
+        pods = await self._pods(topology, suspended=accepted.spec.suspend)
         found = endpoints(topology, pods)
         limits = (*LIMITS, *left_out(topology, found, self._places(accepted)))
         vantages = (report.SAME_NAMESPACE, *map(report.other_namespace, self._elsewhere))
@@ -289,7 +275,7 @@ class _Measurement:
                                for one in rounds])
             )  # fmt: skip
             seen = replace(seen, lacking=(*seen.lacking, *lacking))
-        proof = judge(seen, None)
+        proof = judge(seen, None) if found or not accepted.spec.suspend else report.SUSPENDED
         if proof.status != "Unknown":
             proof = replace(proof, verified_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
         here = any(item.vantage == report.HERE for item in seen.samples)
@@ -335,12 +321,12 @@ class _Measurement:
         label = f"{RESOURCE_LABEL}={self._owner.label}"
         return (await self._kubernetes.list(kinds.POD, self._owner.namespace, label)).items
 
-    async def _pods(self, topology: Topology) -> list[KubeObject]:
+    async def _pods(self, topology: Topology, *, suspended: bool) -> list[KubeObject]:
         """The resource's pods; with patience for a Ready one."""
         until, told = time.monotonic() + self._wanted.wait, False
         while True:
             pods = await self._live()
-            if endpoints(topology, pods) or time.monotonic() >= until:
+            if endpoints(topology, pods) or suspended or time.monotonic() >= until:
                 return pods
             if not told:
                 self._tell(f"waiting up to {self._wanted.wait:.0f} s for a Ready engine")

@@ -375,6 +375,8 @@ class Reconciler:
             url=rendered.url,
             selector=rendered.selector,
             version=str(wanted.version),
+            assumed=spec.vllm_version is not None and spec.vllm_version.assume is not None,
+            old_accepted=any(item.risk == "vllmVersionBelowFloor" for item in spec.security.accept),
             advisories=wanted.advisories,
             verification=spec.security.verification.mode,
             devices=network_devices(spec.engine.resources, self._bounds),

@@ -263,3 +263,15 @@ async def test_an_api_server_that_is_not_there_is_unavailable(cluster: Cluster, 
     async with connect(Login(path), fence=lambda: True, timeout=1.0) as client:
         with pytest.raises(Unavailable):
             await client.get(Ref(NAMESPACE, None, "default"))
+
+
+async def test_what_a_login_may_do_is_asked(
+    cluster: Cluster, kubernetes: KubernetesClient, namespace: str, tmp_path: Path
+) -> None:
+    assert await kubernetes.allowed("create", POD, namespace)
+    account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": "powerless", "namespace": namespace}}
+    await kubernetes.create(account)
+    login = cluster.kubeconfig_for_token(await token(kubernetes, namespace, "powerless"), tmp_path / "config")
+    async with connect(Login(login), fence=lambda: True) as powerless:
+        assert not await powerless.allowed("create", POD, namespace)
+        assert not await powerless.allowed("list", SECURE_VLLM_DEPLOYMENT, None)

@@ -21,6 +21,7 @@ from tests.gateway.envoy_process import Envoy, local_model, running
 KEYS = [ClientKey("alice", attacks.KEY), ClientKey("bob", attacks.OTHER_KEY)]
 
 MODEL = GatewayModel(
+    version_path="/version",
     name="llama-gateway",
     listen_port=8443,
     ops_port=9902,

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from securevllm.render.envoy import (
+    ENGINE_VERSION_PATH,
     METRICS_PATH,
     OPS_PATHS,
     READY_PATH,
@@ -86,8 +87,41 @@ def test_logs_hold_neither_keys_nor_queries(gateway: Gateway) -> None:
         assert secret not in log
 
 
-def test_ops_port_answers_three_requests_and_no_more(gateway: Gateway) -> None:
-    assert [gateway.envoy.ops(path)[0] for path in OPS_PATHS] == [200, 200, 200]
+def test_an_engine_is_asked_for_its_version_and_for_nothing_else(gateway: Gateway) -> None:
+    gateway.engine.clear()
+    port = gateway.envoy.model.ops_port
+    fields = ("connection: close", "cookie: a=b", "x-api-key: k", "x-request-id: mine", "x-envoy-original-path: /pause")
+    answer = wire.exchange(port, wire.request("GET", ENGINE_VERSION_PATH, *fields), tls=False)
+    assert wire.status_of(answer) == 200
+    (seen,) = [one for one in gateway.engine.seen if one.path != "/health"]
+    assert (seen.method, seen.target, seen.body) == ("GET", "/version", b"")
+    assert seen.all("host") == ["vllm.internal"]
+    for name in ("authorization", "cookie", "x-api-key", "x-envoy-original-path"):
+        assert seen.all(name) == []
+
+    # A chunked body cannot be told apart; it changes nothing of what is asked.
+    gateway.engine.clear()
+    chunked = wire.request("GET", ENGINE_VERSION_PATH, "connection: close", "transfer-encoding: chunked")
+    assert wire.status_of(wire.exchange(port, chunked + b"2\r\n{}\r\n0\r\n\r\n", tls=False)) == 200
+    assert [one.target for one in gateway.engine.seen if one.path != "/health"] == ["/version"]
+
+    gateway.engine.clear()
+    refused = [
+        wire.request("GET", ENGINE_VERSION_PATH, "connection: close", body=b"{}"),
+        wire.request("GET", ENGINE_VERSION_PATH, "connection: upgrade", "upgrade: websocket"),
+        *(
+            wire.request("GET", f"{ENGINE_VERSION_PATH}{suffix}", "connection: close")
+            for suffix in ("?", "?a", "/", "/..", "/../metrics", "%2f..%2fmetrics", ";a", "#a")
+        ),
+        wire.request("GET", "/version", "connection: close"),
+    ]
+    answers = [wire.status_of(wire.exchange(port, data, tls=False)) for data in refused]
+    assert set(answers) <= {400, 403, 404, 501}, answers
+    assert [one.target for one in gateway.engine.seen if one.path != "/health"] == []
+
+
+def test_ops_port_answers_four_requests_and_no_more(gateway: Gateway) -> None:
+    assert [gateway.envoy.ops(path)[0] for path in OPS_PATHS] == [200] * 4
     for path in OPS_PATHS:
         assert {gateway.envoy.ops(path, method)[0] for method in ("POST", "PUT", "DELETE", "HEAD", "OPTIONS")} == {404}
     admin = "certs clusters config_dump contention cpuprofiler drain_listeners healthcheck/fail help listeners logging"

@@ -117,10 +117,11 @@ class World:
         ]
         return Listing(found, 1)
 
+    async def allowed(self, verb: str, kind: kinds.Kind, namespace: str | None) -> bool:
+        assert kind is kinds.POD
+        return (namespace, verb) not in self.denied
+
     async def create(self, obj: KubeObject) -> KubeObject:
-        if obj["kind"] == "SelfSubjectAccessReview":
-            asked = obj["spec"]["resourceAttributes"]
-            return obj | {"status": {"allowed": (asked["namespace"], asked["verb"]) not in self.denied}}
         if self.refused is not None:
             raise self.refused
         await asyncio.sleep(0.01)
@@ -249,6 +250,16 @@ async def test_no_ready_engine_is_nothing_to_measure_and_makes_no_pod() -> None:
         report = await measure(world)
     assert (report.exit_code, report.proof.reason) == (2, "NothingToMeasure")
     assert world.made == []
+
+
+async def test_what_is_suspended_is_no_failure_and_nobody_waits_for_it() -> None:
+    async with World(engines=0, spec=SPEC | {"suspend": True}) as world:
+        for status in (False, True):
+            report = await measure(world, status=status, wait=3600.0)
+            assert (report.exit_code, report.proof.reason) == (0, "Suspended")
+    async with World(engines=1, spec=SPEC | {"suspend": True}) as world, Listener((accepting(net(1), 8000),)):
+        # Pods that are still there are measured all the same.
+        assert (await measure(world)).exit_code == 1
 
 
 async def test_it_waits_for_a_ready_engine(monkeypatch: pytest.MonkeyPatch, progress: list[str]) -> None:

@@ -26,6 +26,7 @@ ROUTES = (
     AllowedRoute("WEBSOCKET", "/v1/realtime"),
 )
 MODEL = GatewayModel(
+    version_path="/version",
     name="llama-gateway",
     listen_port=8443,
     ops_port=9902,
@@ -244,6 +245,12 @@ def _first(files: dict[str, Any]) -> dict[str, Any]:
     return route
 
 
+def _ops(files: dict[str, Any]) -> list[dict[str, Any]]:
+    (network,) = files["lds.yaml"]["resources"][1]["filter_chains"][0]["filters"]
+    routes: list[dict[str, Any]] = network["typed_config"]["route_config"]["virtual_hosts"][0]["routes"]
+    return routes
+
+
 MISTAKES: dict[str, Callable[[dict[str, Any]], object]] = {
     "prefix": lambda f: _first(f)["match"].update(prefix=_first(f)["match"].pop("path")),
     "other path": lambda f: _first(f)["match"].update(path="/pause"),
@@ -278,6 +285,12 @@ MISTAKES: dict[str, Callable[[dict[str, Any]], object]] = {
     "filter disabled": lambda f: _manager(f)["http_filters"][1].update(disabled=True),
     "generic upgrade": lambda f: _manager(f).update(upgrade_configs=[{"upgrade_type": "websocket"}]),
     "admin on the pod": lambda f: f["bootstrap.yaml"]["admin"]["address"]["socket_address"].update(address="::"),
+    "ops leads to another path": lambda f: _ops(f)[2]["route"].update(prefix_rewrite="/metrics"),
+    "ops takes every path": lambda f: _ops(f)[2].update(match={"prefix": "/"}),
+    "ops takes a body": lambda f: _ops(f)[2]["match"]["headers"].pop(2),
+    "ops leads to engines twice": lambda f: _ops(f).insert(0, copy.deepcopy(_ops(f)[2])),
+    "ops leads metrics to engines": lambda f: _ops(f)[0]["route"].update(cluster="engine"),
+    "ops refuses nothing": lambda f: _ops(f).pop(),
     "listener added": lambda f: f["lds.yaml"]["resources"].append({"name": "back-door"}),
 }  # fmt: skip
 
@@ -286,11 +299,18 @@ def _check(files: dict[str, Any]) -> None:
     wanted = frozenset(
         envoy_check.Entry(one.http_method, "" if one.regex else one.path, one.regex, one.websocket) for one in ROUTES
     )
-    envoy_check.check(files, wanted=wanted, authentication=True)
+    version = (envoy.ENGINE_VERSION_PATH, "/version")
+    envoy_check.check(files, wanted=wanted, authentication=True, engine_version=version)
 
 
 def test_rendered_files_pass_the_check() -> None:
     _check(_parsed())
+
+
+def test_behind_a_router_nothing_of_the_ops_port_leads_there() -> None:
+    files = envoy.envoy_files(dataclasses.replace(MODEL, version_path=""))
+    assert envoy.ENGINE_VERSION_PATH not in files["lds.yaml"]
+    assert envoy.ENGINE_VERSION_PATH in envoy.envoy_files(MODEL)["lds.yaml"]
 
 
 @pytest.mark.parametrize("name", MISTAKES)

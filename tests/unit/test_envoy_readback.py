@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from securevllm.render.readback import parse_healthy, parse_versions, versions_of
+import json
+
+import pytest
+
+from securevllm.render.readback import parse_engine_version, parse_healthy, parse_versions, versions_of
 
 ANSWER = """\
 # TYPE envoy_cluster_manager_cds_version_text gauge
@@ -54,6 +58,20 @@ def test_healthy_engines_are_those_of_the_engine_cluster() -> None:
 
     assert parse_healthy(line.format("self_gateway", 1) + line.format("engine", 12)) == 12
     assert parse_healthy(line.format("self_gateway", 1)) == 0
+
+
+@pytest.mark.parametrize("version", ["0.33.0", "v0.33.0", "0.33.1.dev5+g1234abc.cu130"])
+def test_an_engine_says_its_version(version: str) -> None:
+    assert parse_engine_version(json.dumps({"version": version})) == version
+
+
+@pytest.mark.parametrize(
+    "answer",
+    ["", "0.33.0", "null", "[]", "{}", '{"version": 1}', '{"version": ""}', '{"version": "' + "1" * 65 + '"}',
+     '{"version": "0.33.0 <script>"}', '{"version": "0.33.0\\n"}', "[" * 99999],
+)  # fmt: skip
+def test_what_is_no_version_gets_nowhere(answer: str) -> None:
+    assert parse_engine_version(answer) == ""
 
 
 def test_versions_of_files_leave_out_the_bootstrap() -> None:

@@ -20,7 +20,7 @@ OWN: dict[str, set[object]] = {
     "settings.py": {8080},
     "http.py": {"/metrics"},  # the operator's own metrics
     "topology/plan.py": {8080},  # the gateway's port without TLS
-    "render/engine.py": {"/health"},  # kubelet's probe
+    "render/engine.py": {"/health", "/version"},  # kubelet's probe; what the operator asks
     "render/envoy.py": {"/health"},  # the gateway's health check
     "render/sidecar.py": {"/metrics"},  # the one route that it forwards
     "proof/foreign.py": {8000},  # a port of others, to name what a policy without ports opens

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,58 @@ def test_all_is_well() -> None:
         "Stalled": ("False", "SpecAccepted"),
     }
     assert all(item["observedGeneration"] == 3 for item in found.values())
+
+
+OLD = "vllmVersionBelowFloor"
+
+
+@pytest.mark.parametrize(
+    ("facts", "reason", "told"),
+    [
+        ({"served": Gateway({}, reported=("0.33.0",))}, "ServingCurrentRevision", "Engines are vLLM 0.33.0."),
+        ({"served": Gateway({}, reported=("0.33.0+cu130",))}, "ServingCurrentRevision", "0.33.0+cu130."),
+        ({"served": Gateway({})}, "ServingCurrentRevision", "vLLM 0.33.0 is claimed by the image, not confirmed."),
+        ({"served": Gateway({}), "assumed": True}, "ServingCurrentRevision", "assumed by the spec, not confirmed."),
+        (
+            {"served": Gateway({}, reported=("0.34.0",))},
+            "VersionMismatch",
+            "vLLM 0.34.0, and the image's tag says 0.33.0",
+        ),
+        ({"served": Gateway({}, reported=("0.33.0", "0.33.1"))}, "VersionMismatch", "0.33.0, 0.33.1"),
+        ({"served": Gateway({}, reported=("0.33.1.dev3+gabc",))}, "VersionMismatch", "0.33.1.dev3+gabc"),
+        # The spec says it in words: whatever the image holds. But a hole is a hole.
+        ({"served": Gateway({}, reported=("0.33.1.dev3+gabc",)), "assumed": True}, "ServingCurrentRevision", "dev3"),
+        ({"served": Gateway({}, reported=("0.20.0",)), "assumed": True}, "VersionMismatch", OLD),
+        (
+            {"served": Gateway({}, reported=("0.20.0",)), "assumed": True, "old_accepted": True},
+            "ServingCurrentRevision",
+            "0.20.0",
+        ),
+        # Two versions run while engines are replaced.
+        (
+            {"served": Gateway({}, reported=("0.34.0",)), "engine": Workload(2, updated=1, ready=2, replicas=2)},
+            "ServingCurrentRevision",
+            "0.34.0",
+        ),
+    ],
+)
+def test_the_version_that_runs_is_compared_with_the_one_that_is_claimed(
+    facts: dict[str, Any], reason: str, told: str
+) -> None:
+    served = replace(facts["served"], stale={"a": (), "b": ()})
+    found = conditions(**facts | {"served": served})
+    assert found["GatewayReady"]["reason"] == reason
+    assert told in found["GatewayReady"]["message"]
+    assert found["Ready"]["reason"] in {reason, "Serving", "Progressing"}
+
+
+def test_what_engines_said_stays_while_nobody_can_be_asked_and_nothing_else_is_claimed() -> None:
+    silent = {**GOOD, "served": Gateway({"a": (), "b": ()})}
+    before = status(Facts(**{**GOOD, "served": Gateway({}, reported=("0.33.0",))}), {}, NOW)
+    assert before["runningVersion"] == "0.33.0"
+    assert status(Facts(**silent), before, LATER)["runningVersion"] == "0.33.0"
+    assert status(Facts(**{**silent, "version": "0.34.0"}), before, LATER)["runningVersion"] is None
+    assert status(Facts(**{**silent, "engine": Workload(2)}), before, LATER)["runningVersion"] is None
 
 
 CASES: list[tuple[str, str, str, str, dict[str, Any]]] = [
@@ -185,7 +238,8 @@ def test_the_rest_of_the_status() -> None:
     del found["conditions"]
     assert found == {
         "observedGeneration": 3, "replicas": 2, "readyReplicas": 2, "selector": "a=b", "url": "https://x",
-        "vllmVersion": "0.33.0", "advisories": [], "outdated": ["engine"], "acceptedRisks": ["x: y"],
+        "vllmVersion": "0.33.0", "runningVersion": None, "advisories": [], "outdated": ["engine"],
+        "acceptedRisks": ["x: y"],
     }  # fmt: skip
     assert status(Facts(generation=1), {}, NOW)["replicas"] == 0
 

@@ -123,7 +123,7 @@ STATEFUL_SET = Kind("apps/v1", "StatefulSet", "statefulsets")
 HORIZONTAL_POD_AUTOSCALER = Kind("autoscaling/v2", "HorizontalPodAutoscaler", "horizontalpodautoscalers")
 JOB = Kind("batch/v1", "Job", "jobs")
 ACCESS_REVIEW = Kind("authorization.k8s.io/v1", "SelfSubjectAccessReview", "selfsubjectaccessreviews", namespaced=False)
-"""A question, not an object: it is asked by ``create``, and cannot be listed."""
+"""A question, not an object: it has no name, and cannot be listed."""
 LEASE = Kind("coordination.k8s.io/v1", "Lease", "leases")
 EVENT = Kind("events.k8s.io/v1", "Event", "events")
 NETWORK_POLICY = Kind("networking.k8s.io/v1", "NetworkPolicy", "networkpolicies")
@@ -150,7 +150,7 @@ KINDS: tuple[Kind, ...] = (
     POD_DISRUPTION_BUDGET,
 )
 
-_BY_NAME = {(kind.api_version, kind.kind): kind for kind in (*KINDS, ACCESS_REVIEW)}
+_BY_NAME = {(kind.api_version, kind.kind): kind for kind in KINDS}
 
 
 def kind_of(obj: Mapping[str, Any]) -> Kind:

@@ -897,7 +897,12 @@ class Status(Model):
         None, description="Where clients of the cluster find the gateway."
     )
     vllm_version: Annotated[str, Field(max_length=64)] | None = Field(
-        None, description="The vLLM version whose routes are rendered."
+        None, description="The vLLM version whose routes are rendered: a claim of the image's tag, or of the spec."
+    )
+    running_version: Annotated[str, Field(max_length=64)] | None = Field(
+        None,
+        description="The vLLM version that engines say they are. Absent: none was asked yet, or a router is in front of"
+        " them; then vllmVersion is only a claim.",
     )
     advisories: Annotated[tuple[AdvisoryStatus, ...], Field(json_schema_extra=listed("id", limit=64))] = Field(
         (), description="Published holes of this vLLM version that concern this spec, worst first."

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
 from securevllm.api import kinds
@@ -12,6 +12,7 @@ from securevllm.api.units import seconds
 from securevllm.proof.foreign import told, wider
 from securevllm.proof.held import held
 from securevllm.proof.prober import Gateways, Subject, Who
+from securevllm.proof.report import age
 from securevllm.proof.targets import requests
 from securevllm.proof.verdict import Proof
 from securevllm.render import gateway
@@ -182,8 +183,4 @@ class Evidences:
         return shown if same and self._age(shown) < _TELL_AGAIN else proof.verified_at
 
     def _age(self, moment: str) -> timedelta:
-        """Without a sign: a moment that a wrong clock put into the future must not count as young until it has come."""
-        try:
-            return abs(self._now().astimezone(UTC) - datetime.fromisoformat(moment))
-        except ValueError:
-            return timedelta.max
+        return age(moment, self._now())

@@ -20,6 +20,9 @@ FRESH = timedelta(hours=2)
 EXIT_CODES = {"True": 0, "False": 1, "Unknown": 2}
 """Of the command, by the verdict."""
 
+SUSPENDED = Proof("Unknown", "Suspended", "spec.suspend is true: nothing runs that could be reached.")
+"""The verdict on what runs nothing: neither isolated nor a failure."""
+
 _HOW = {
     Reach.OPEN: "the handshake was completed",
     Reach.REFUSED: "refused",
@@ -72,8 +75,8 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0 isolated, 1 not isolated, 2 could not be measured."""
-        return EXIT_CODES[self.proof.status]
+        """0 isolated, or suspended; 1 not isolated; 2 could not be measured."""
+        return 0 if self.proof == SUSPENDED else EXIT_CODES[self.proof.status]
 
 
 _OWN_REASONS = frozenset({"CannotMeasure", "OldGeneration", "Stale"})
@@ -142,6 +145,8 @@ def measured_by_operator(resource: Mapping[str, Any], now: datetime) -> Report:
     """
     metadata, status = resource["metadata"], resource.get("status", {})
     where = metadata["namespace"], metadata["name"]
+    if resource.get("spec", {}).get("suspend") and not status.get("replicas"):
+        return Report(*where, SUSPENDED)
     found = next((item for item in status.get("conditions", ()) if item["type"] == "Isolated"), None)
     if found is None:
         told = "The status says nothing of isolation: no operator has looked at this resource yet."
@@ -151,7 +156,7 @@ def measured_by_operator(resource: Mapping[str, Any], now: datetime) -> Report:
     if found.get("observedGeneration", 0) < metadata.get("generation", 0):
         told = f"The status is about an older spec. It said {proof.status}, {proof.reason}: {proof.message}"
         return Report(*where, Proof("Unknown", "OldGeneration", told, at))
-    if proof.status == "True" and _age(at, now) > FRESH:
+    if proof.status == "True" and age(at, now) > FRESH:
         told = (
             f"The last measurement is from {at or 'never'}: no operator measures any more."
             f" It said {proof.reason}: {proof.message}"
@@ -160,9 +165,13 @@ def measured_by_operator(resource: Mapping[str, Any], now: datetime) -> Report:
     return Report(*where, proof)
 
 
-def _age(moment: str, now: datetime) -> timedelta:
+def age(moment: str, now: datetime) -> timedelta:
+    """How long ago a moment of the status is; what cannot be read is very old.
+
+    Without a sign: a moment that a wrong clock put into the future must not count as young until it has come.
+    """
     try:
-        return now.astimezone(UTC) - datetime.fromisoformat(moment)
+        return abs(now.astimezone(UTC) - datetime.fromisoformat(moment))
     except ValueError:
         return timedelta.max
 
@@ -200,9 +209,10 @@ def verdict(report: Report) -> list[str]:
     """The verdict in lines, with what to read next."""
     proof = report.proof
     at = f", measured at {proof.verified_at}" if proof.verified_at else ""
+    words = "NOTHING RUNS" if proof == SUSPENDED else _WORDS[proof.status]
     anchor = "" if proof.reason in _OWN_REASONS else f"docs/status.md#{proof.reason.lower()}"
     return [
-        f"{report.namespace}/{report.name}: {_WORDS[proof.status]} ({proof.reason}{at})",
+        f"{report.namespace}/{report.name}: {words} ({proof.reason}{at})",
         f"  {proof.message}",
         *(f"  {note}" for note in report.notes),
         *([f"  See {anchor}"] if anchor else []),

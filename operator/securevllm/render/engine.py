@@ -45,6 +45,7 @@ MADE = "made"
 first was made (RFC 3339)."""
 
 HEALTH_PATH = "/health"
+VERSION_PATH = "/version"
 _PROBE_SECONDS = 10
 _ENDPOINT_SECONDS = 15
 """Time for the gateway to notice that a pod is going: DNS refresh plus the DNS server's cache."""

@@ -100,8 +100,11 @@ METRICS_PATH = "/stats/prometheus"
 VERSIONS_PATH = "/stats/prometheus?text_readouts&filter=version_text%7Cmembership_healthy"
 """What the operator asks a gateway pod's ops port for; ``readback`` reads the answer."""
 
+ENGINE_VERSION_PATH = "/engine-version"
+"""The operator's way to ask an engine for its version; the request that the engine gets is always the same."""
+
 ADMIN_PATHS = (METRICS_PATH, VERSIONS_PATH)
-OPS_PATHS = (READY_PATH, *ADMIN_PATHS)
+OPS_PATHS = (READY_PATH, *ADMIN_PATHS, ENGINE_VERSION_PATH)
 """All that the ops port answers."""
 
 
@@ -221,6 +224,7 @@ class GatewayModel:
         connections: client connections, and requests under way.
         listen_address: ``0.0.0.0``, or ``::`` (both families).
         health_path: what the upstream answers with 200 when it can serve.
+        version_path: what an engine tells its version on; empty: the upstream is no engine.
         timeouts: see there.
     """
 
@@ -243,6 +247,7 @@ class GatewayModel:
     connections: int
     listen_address: str = "0.0.0.0"  # noqa: S104 - a pod's own address; NetworkPolicies say who reaches it
     health_path: str = "/health"
+    version_path: str = ""
     timeouts: Timeouts = Timeouts()
 
     def __post_init__(self) -> None:
@@ -364,6 +369,7 @@ def envoy_files(model: GatewayModel) -> Mapping[str, str]:
         "websocket": websocket,
         "ready_path": READY_PATH,
         "admin_paths": ADMIN_PATHS,
+        "engine_version_path": ENGINE_VERSION_PATH,
         "stripped_headers": STRIPPED_HEADERS,
         "stripped_prefixes": STRIPPED_PREFIXES if websocket else (*STRIPPED_PREFIXES, WEBSOCKET_PREFIX),
     }
@@ -373,7 +379,12 @@ def envoy_files(model: GatewayModel) -> Mapping[str, str]:
         envoy_check.Entry(route.http_method, "" if route.regex else route.path, route.regex, route.websocket)
         for route in model.routes
     )
-    envoy_check.check(parsed, wanted=wanted, authentication=model.authentication)
+    envoy_check.check(
+        parsed,
+        wanted=wanted,
+        authentication=model.authentication,
+        engine_version=(ENGINE_VERSION_PATH, model.version_path) if model.version_path else None,
+    )
     bootstrap = json.dumps(parsed.pop(BOOTSTRAP_FILE), indent=1) + "\n"
     return MappingProxyType({BOOTSTRAP_FILE: bootstrap, **{name: _text(content) for name, content in parsed.items()}})
 

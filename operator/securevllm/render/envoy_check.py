@@ -130,19 +130,27 @@ def _unique(entries: list[Entry], name: str) -> frozenset[Entry]:
     return result
 
 
-def check(parsed: Mapping[str, Mapping[str, Any]], *, wanted: frozenset[Entry], authentication: bool) -> None:
+def check(
+    parsed: Mapping[str, Mapping[str, Any]],
+    *,
+    wanted: frozenset[Entry],
+    authentication: bool,
+    engine_version: tuple[str, str] | None = None,
+) -> None:
     """Compare all files with what was meant.
 
     Args:
         parsed: file name to parsed content.
         wanted: the allowlist.
         authentication: whether a client key is demanded.
+        engine_version: path on the ops listener, and the one path of an engine that it leads to; None: to none.
 
     Raises:
         InternalError: a difference, or a shape that the layers do not hold in.
     """
     try:
         _check(parsed, wanted, authentication=authentication)
+        _check_ops(parsed["lds.yaml"]["resources"][1], engine_version)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise InternalError(f"rendered Envoy configuration: unexpected shape ({error!r})") from error
 
@@ -168,6 +176,26 @@ def _check(parsed: Mapping[str, Mapping[str, Any]], wanted: frozenset[Entry], *,
         parsed["bootstrap.yaml"]["admin"]["address"]["socket_address"]["address"] == "127.0.0.1",
         "the admin interface must listen on loopback",
     )
+
+
+def _check_ops(ops: Mapping[str, Any], engine_version: tuple[str, str] | None) -> None:
+    """No request of the ops listener reaches an engine but one, whose method and path are fixed."""
+    (chain,) = ops["filter_chains"]
+    (manager,) = (network["typed_config"] for network in chain["filters"])
+    (host,) = manager["route_config"]["virtual_hosts"]
+    *routes, last = host["routes"]
+    _require(last == {"match": {"prefix": "/"}, "direct_response": {"status": 404}}, "the last ops route must refuse")
+    _require(all("route" in route for route in routes), "an ops route is no route")
+    to_engines = [route for route in routes if route["route"]["cluster"] != "self_admin"]
+    _require(len(to_engines) == (engine_version is not None), "the ops listener leads to engines")
+    for route in to_engines:
+        path, rewritten = engine_version or ("", "")
+        told = [
+            {"name": name, "string_match": {"exact": value}} for name, value in ((":method", "GET"), (":path", path))
+        ]
+        absent = [{"name": name, "present_match": True, "invert_match": True} for name in ("content-length", "upgrade")]
+        _require(route["match"] == {"path": path, "headers": [*told, *absent]}, "the ops listener's way to engines")
+        _require(route["route"]["prefix_rewrite"] == rewritten, "the ops listener asks engines for something else")
 
 
 def _difference(got: frozenset[Entry], wanted: frozenset[Entry]) -> str:

@@ -63,6 +63,8 @@ def model(
         upstream_host=f"{owner.child(upstream.value)}.{owner.namespace}.svc.{context.cluster_domain}",
         upstream_port=topology.socket(upstream, "api").port,
         health_path=router.READY_PATH if upstream is Role.ROUTER else engine.HEALTH_PATH,
+        # The router would answer for itself.
+        version_path="" if upstream is Role.ROUTER else engine.VERSION_PATH,
         tls=tls.disabled is None,
         hostnames=(),
         authentication=spec.gateway.authentication.none is None,

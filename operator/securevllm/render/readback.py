@@ -19,6 +19,7 @@ from collections.abc import Mapping
 
 _STAT = re.compile(r"envoy_(?P<name>\w+)_version_text\{(?P<labels>.*)\} 0")
 _HEALTHY = re.compile(r'^envoy_cluster_membership_healthy\{envoy_cluster_name="engine"\} (?P<count>\d+)$', re.MULTILINE)
+_ENGINE_VERSION = re.compile(r"[0-9A-Za-z][0-9A-Za-z.+_-]{0,63}")
 _LABEL = re.compile(r'(\w+)="((?:[^"\\]|\\.)*)"')
 
 _FILES = {
@@ -57,6 +58,19 @@ def parse_healthy(text: str) -> int:
     """Engines that this gateway may send requests to: they have an address in DNS and passed the health check."""
     match = _HEALTHY.search(text)
     return int(match["count"]) if match else 0
+
+
+def parse_engine_version(text: str) -> str:
+    """Read an engine's answer to ``GET /version``; empty when it is none.
+
+    An engine is not to be trusted with the status: only characters of a version get there.
+    """
+    try:
+        answer = json.loads(text)
+    except (ValueError, RecursionError):
+        return ""
+    said = answer.get("version") if isinstance(answer, dict) else None
+    return said if isinstance(said, str) and _ENGINE_VERSION.fullmatch(said) else ""
 
 
 def versions_of(files: Mapping[str, str]) -> dict[str, str]:

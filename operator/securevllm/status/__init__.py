@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from securevllm.status.conditions import Transition, merge, transitions
@@ -40,6 +41,7 @@ def status(facts: Facts, previous: Mapping[str, Any], now: str) -> dict[str, Any
         now: RFC 3339, seconds, UTC; used for conditions that flip.
     """
     engine = facts.engine or Workload(desired=0)
+    facts = replace(facts, running=_running(facts, previous))
     return {
         "observedGeneration": facts.generation,
         "replicas": engine.replicas,
@@ -47,12 +49,24 @@ def status(facts: Facts, previous: Mapping[str, Any], now: str) -> dict[str, Any
         "selector": facts.selector,
         "url": facts.url,
         "vllmVersion": facts.version,
+        "runningVersion": facts.running or None,
         "advisories": [_advisory(hit) for hit in facts.advisories[:_ADVISORIES]],
         "outdated": list(facts.outdated),
         "acceptedRisks": list(facts.risks),
         "conditions": merge(facts, previous.get("conditions", ()), now),
         **({"lastVerified": facts.verified} if facts.verified else {}),
     }
+
+
+_VERSION_LIMIT = 64
+
+
+def _running(facts: Facts, previous: Mapping[str, Any]) -> str:
+    """What engines say that they are; what they said stays while nobody can be asked and nothing else is claimed."""
+    if facts.served.reported:
+        return ", ".join(facts.served.reported)[:_VERSION_LIMIT]
+    same = previous.get("vllmVersion") == facts.version and facts.engine is not None and facts.engine.ready
+    return str(previous.get("runningVersion") or "") if same else ""
 
 
 def _advisory(hit: Hit) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
+from securevllm import catalogue
 from securevllm.status.facts import Facts, Workload
 from securevllm.topology import VLLM, Role
 
@@ -148,9 +149,46 @@ def _unconnected(facts: Facts) -> Verdict | None:
     )
 
 
+def _version(facts: Facts) -> Verdict | None:
+    """The allowlist was made for a version; whether that runs, only the engines say.
+
+    While engines are being replaced two versions run, which is no matter.
+    """
+    if not facts.running or facts.engine is None or not facts.engine.complete:
+        return None
+    said = {text: _release(text) for text in facts.running.split(", ")}
+    old = sorted(text for text, version in said.items() if version is not None and version < catalogue.floor())
+    if not facts.assumed and any(str(version) != facts.version for version in said.values()):
+        return _no(
+            "VersionMismatch",
+            f"Engines say that they are vLLM {facts.running}, and the image's tag says {facts.version}: for that one"
+            " routes, flags and sockets were chosen, and holes looked up. Use an image whose tag says what it holds, or"
+            " name the version whose routes are meant: spec.vllmVersion.assume.",
+        )
+    if old and not facts.old_accepted:
+        return _no(
+            "VersionMismatch",
+            f"Engines say that they are vLLM {', '.join(old)}: before {catalogue.floor()} it has known holes that no"
+            " control of this operator covers. Use a newer image, or accept the risk in words: security: {accept:"
+            " [{risk: vllmVersionBelowFloor, why: ...}]}.",
+        )
+    return None
+
+
+def _release(text: str) -> catalogue.Version | None:
+    try:
+        return catalogue.Version.parse(text)
+    except ValueError:
+        return None
+
+
 def _gateway_ready(facts: Facts) -> Verdict | None:
     count = len(facts.served.stale)
-    told = f"{count} of {count} gateways serve the current revision."
+    claim = "assumed by the spec" if facts.assumed else "claimed by the image"
+    version = (
+        f"Engines are vLLM {facts.running}." if facts.running else f"vLLM {facts.version} is {claim}, not confirmed."
+    )
+    told = f"{count} of {count} gateways serve the current revision. {version}"
     if facts.keys:
         return Verdict("True", "SomeClientKeysRefused", " ".join([told, *facts.keys]))
     return Verdict("True", "ServingCurrentRevision", told)
@@ -234,6 +272,7 @@ _CHECKS: Mapping[str, tuple[Check, ...]] = {
         _rollout(lambda facts: facts.gateway, "gateways"),
         _revision,
         _unconnected,
+        _version,
         _gateway_ready,
     ),
     "Isolated": (

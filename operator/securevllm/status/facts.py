@@ -61,11 +61,13 @@ class Gateway:
         stale: pod name to the files that are not the current ones; an empty tuple: all are.
         silent: pods that did not answer.
         unconnected: pods that know no healthy engine.
+        reported: versions that engines behind them say they are; empty: none was asked, or none answered.
     """
 
     stale: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     silent: tuple[str, ...] = ()
     unconnected: tuple[str, ...] = ()
+    reported: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, order=True)
@@ -125,7 +127,10 @@ class Facts:
         devices: extended resources of engines that are networks, or that nobody said are none.
         url: where clients find the gateway.
         selector: one pod per model replica.
-        version: the vLLM version, as claimed by the image.
+        version: the vLLM version, as claimed by the image's tag or assumed by the spec.
+        assumed: the spec says the version, whatever the image holds.
+        old_accepted: the spec accepts a vLLM below the floor.
+        running: what engines say they are; empty: not known.
         advisories: published holes that concern the spec.
         verification: mode of ``spec.security.verification``.
         proof: the verdict of what was measured; None before the first round.
@@ -157,6 +162,9 @@ class Facts:
     url: str = ""
     selector: str = ""
     version: str = ""
+    assumed: bool = False
+    old_accepted: bool = False
+    running: str = ""
     advisories: tuple[Hit, ...] = ()
     verification: str = "Report"
     proof: Proof | None = None
