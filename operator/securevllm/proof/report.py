@@ -210,12 +210,13 @@ def verdict(report: Report) -> list[str]:
     proof = report.proof
     at = f", measured at {proof.verified_at}" if proof.verified_at else ""
     words = "NOTHING RUNS" if proof == SUSPENDED else _WORDS[proof.status]
-    anchor = "" if proof.reason in _OWN_REASONS else f"docs/status.md#{proof.reason.lower()}"
+    page = f"docs/status.md#{proof.reason.lower()}"
+    told = proof.reason in _OWN_REASONS or page in proof.message
     return [
         f"{report.namespace}/{report.name}: {words} ({proof.reason}{at})",
         f"  {proof.message}",
         *(f"  {note}" for note in report.notes),
-        *([f"  See {anchor}"] if anchor else []),
+        *([] if told else [f"  See {page}"]),
     ]
 
 
