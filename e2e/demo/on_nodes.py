@@ -89,6 +89,8 @@ def play(service: Service, tell: Teller, elsewhere: str) -> None:
         service.kubectl("delete", f"--namespace={service.namespace}", "networkpolicy", OPENS)
     tell.line(f"{OPENS} is deleted again")
     conditions.until("Isolated", "True")
+    # The status follows the object at once; the network needs a moment longer.
+    _until_outsider(service, tell, people, SILENT)
     _attack(service, tell, people)
 
 
@@ -169,6 +171,7 @@ def _dials(
 ) -> None:
     """Show a table of connections: target, what it is, what has to come of it."""
     found = dial([target for target, _, _ in wanted])
+    tell.text(" ")
     table = Table((who, "connects to", "and finds it"))
     for target, what, expected in wanted:
         table.add((what, target, found[target]), found=found[target], expected=expected)
@@ -187,7 +190,7 @@ def _from_engine(service: Service, targets: Sequence[str]) -> dict[str, str]:
 def _open(service: Service, tell: Teller, people: People) -> None:
     """Show what everybody has then: silence before was isolation, and the engine answers without a key."""
     engine = f"{service.address('engine')}:8000"
-    tell.until(lambda: people.outsider.reach([engine])[engine] == OPEN or None, "the policy is enforced")
+    _until_outsider(service, tell, people, OPEN)
     _dials(tell, f"{people.outsider.name} (other namespace)", people.outsider.reach, [(engine, "vLLM's API", OPEN)])
     table = Table(("the engine, asked directly", "request", "answer"))
     for what, path, expected in (
@@ -197,6 +200,14 @@ def _open(service: Service, tell: Teller, people: People) -> None:
         status, body = people.outsider.request(f"http://{engine}{path}", "", method="POST", body={})
         table.add((what, f"POST {path}", f"{status}  {body[:60]}"), found=status, expected=expected)
     table.show(tell)
+
+
+def _until_outsider(service: Service, tell: Teller, people: People, answer: str) -> None:
+    """Wait until somebody in another namespace gets this answer of the engine."""
+    engine = f"{service.address('engine')}:8000"
+    tell.until(
+        lambda: people.outsider.reach([engine])[engine] == answer or None, f"the engine is {answer} to outsiders"
+    )
 
 
 def _next(tell: Teller, cluster: Cluster, service: Service, *, keep: bool) -> None:
