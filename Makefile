@@ -86,6 +86,11 @@ e2e: setup ## tests on a cluster with real nodes and a policy engine; tables of 
 e2e-vllm: setup ## the real vLLM with a tiny model and no GPU; 2 GB of packages, once
 	@$(BIN)/python tools/test_tiers.py vllm
 
+.PHONY: e2e-soak
+e2e-soak: setup ## 200 seeded incidents for two operators on a control plane of their own; ROUNDS=20 SEED=7 repeats shorter
+	@SVLLM_CHAOS_ROUNDS=$(or $(ROUNDS),200) SVLLM_CHAOS_SEED=$(or $(SEED),$$(date +%s)) \
+	  $(BIN)/python -m pytest --quiet tests/api/test_chaos.py
+
 .PHONY: image
 image: setup ## the operator's image from its Dockerfile, in build/operator-image.tar (docker, podman, or buildah as root)
 	@$(BIN)/python -m e2e.build_image

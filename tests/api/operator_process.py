@@ -91,6 +91,7 @@ class OperatorProcess:
         canary_pods: whether it may make some; most tests look at every pod and every write.
         source: source root of the package.
         measures: whether this release measures isolation; the first one does not, and lacks the options.
+        program: what the interpreter runs, instead of the package itself.
     """
 
     def __init__(
@@ -106,6 +107,7 @@ class OperatorProcess:
         canary_pods: bool = False,
         source: Path = ROOT / "operator",
         measures: bool = True,
+        program: Sequence[str] = ("-m", "securevllm"),
     ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.identity = identity
@@ -115,7 +117,7 @@ class OperatorProcess:
         self._kubeconfig = cluster.kubeconfig_for_token(
             token(kube, account=account, namespace=namespace), folder / "kubeconfig", token_file=self.token_file
         )
-        self._arguments, self._source = tuple(arguments), source
+        self._arguments, self._source, self._program = tuple(arguments), source, tuple(program)
         # One port on one machine: several operators run side by side.
         canaries = ["--no-canary-listener", *([] if canary_pods else ["--no-canary-pods"])]
         self._canaries = tuple(canaries if measures else [])
@@ -137,10 +139,16 @@ class OperatorProcess:
 
     def start(self, *, lead: bool = True) -> Self:
         """Start it, and wait until it leads and its caches are there (``lead``), or until it is ready."""
+        self.launch()
+        self.wait(leading=lead)
+        return self
+
+    def launch(self) -> None:
+        """Start it; wait for nothing."""
         assert self._process is None, f"{self.identity} runs already"
         self._port = _free_port()
         command = [
-            *(sys.executable, "-m", "securevllm", "run", "--kubeconfig", str(self._kubeconfig)),
+            *(sys.executable, *self._program, "run", "--kubeconfig", str(self._kubeconfig)),
             *("--http-host", "127.0.0.1", "--http-port", str(self._port), "--identity", self.identity),
             *("--operator-namespace", self.namespace, *self._canaries, *self._arguments),
         ]
@@ -148,8 +156,6 @@ class OperatorProcess:
         environment = {"PYTHONPATH": str(self._source), "PATH": os.environ["PATH"], "PYTHONUNBUFFERED": "1"}
         with self.log_file.open("ab") as log:
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)  # noqa: S603 - fixed
-        self.wait(leading=lead)
-        return self
 
     def wait(self, *, leading: bool = True, seconds: float = 30.0) -> None:
         """Wait until it leads and its caches are there, or until it is ready."""
@@ -185,6 +191,18 @@ class OperatorProcess:
         process.wait()
         self._process = None
 
+    def revive(self) -> None:
+        """Start it, unless it runs."""
+        if self._process is None:
+            self.launch()
+
+    def over(self) -> int | None:
+        """The exit code of one that has ended by itself, once; None while it runs, and when none was started."""
+        code = self._process.poll() if self._process else None
+        if code is not None:
+            self._process = None
+        return code
+
     def send(self, number: signal.Signals) -> None:
         """Send a signal, for example SIGSTOP."""
         self._running().send_signal(number)
@@ -212,6 +230,10 @@ class OperatorProcess:
             raise
 
     def __exit__(self, *_: object) -> None:
+        self.end()
+
+    def end(self) -> None:
+        """End it, if it runs, whatever it does."""
         if self._process is not None:
             self._process.send_signal(signal.SIGCONT)
             self.kill()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,70 +13,18 @@ from securevllm.api.kinds import Ref
 from securevllm.render.meta import DENY_NAME
 from tests.api.audit import now
 from tests.api.children import children
-from tests.api.kube import Kube, eventually
-from tests.api.lab import Lab, as_rendered, differences, inexact, policies_before_pods
+from tests.api.kube import eventually
+from tests.api.lab import as_rendered, differences, inexact, policies_before_pods
 from tests.api.operator_process import USER, new_namespace, resource
+from tests.api.people import NAMES, User, made, ref
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from tests.api.kube import Kube
+    from tests.api.lab import Lab
 
 pytestmark = pytest.mark.cluster
 
 KILLS = 30
-NAMES = ("a", "b", "c")
-GENERATED = ("engine-key", "client-keys", "gateway-ca", "gateway-tls")
-
-
-def ref(namespace: str, name: str) -> Ref:
-    return Ref(kinds.SECURE_VLLM_DEPLOYMENT, namespace, name)
-
-
-class User:
-    """Somebody who creates, changes and deletes resources, and damages children, all by the dice."""
-
-    def __init__(self, kube: Kube, dice: random.Random) -> None:
-        self.kube, self.dice = kube, dice
-
-    def act(self, namespace: str) -> None:
-        """Do something to one resource of the namespace."""
-        name = self.dice.choice(NAMES)
-        if self.kube.find(ref(namespace, name)) is None:
-            self.kube.apply(resource(namespace, name))
-            return
-        actions: list[Callable[[str, str], None]] = [self._change, self._change, self._damage, self._damage, self._end]
-        self.dice.choice(actions)(namespace, name)
-
-    def _change(self, namespace: str, name: str) -> None:
-        spec: dict[str, Any] = {
-            "replicas": self.dice.randint(1, 4),
-            "engine": {"args": [f"--max-model-len={self.dice.randint(1, 9) * 1024}"]},
-            "gateway": {"replicas": self.dice.randint(1, 3)},  # with one there is no disruption budget
-        }
-        self.kube.patch(ref(namespace, name), {"spec": spec})
-
-    def _damage(self, namespace: str, name: str) -> None:
-        role = self.dice.choice(("engine", "gateway"))
-        kind = self.dice.choice((kinds.NETWORK_POLICY, kinds.SERVICE, kinds.DEPLOYMENT, kinds.SERVICE_ACCOUNT))
-        child = Ref(kind, namespace, f"{name}-{role}")
-        if self.kube.find(child) is None:
-            return  # a kill came before it was made
-        if self.dice.random() < 0.5:
-            self.kube.delete(child)
-        else:
-            self.kube.patch(child, {"metadata": {"labels": {"damaged": "yes"}}})
-
-    def _end(self, namespace: str, name: str) -> None:
-        self.kube.delete(ref(namespace, name))
-
-
-def made(kube: Kube, namespace: str) -> dict[tuple[str, str], dict[str, str]]:
-    """Content of the generated Secrets, by uid of the resource and name."""
-    return {
-        (owner["uid"], secret["metadata"]["name"]): secret.get("data", {})
-        for secret in kube.list(kinds.SECRET, namespace)
-        for owner in secret["metadata"].get("ownerReferences", ())
-        if secret["metadata"]["name"].partition("-")[2] in GENERATED
-    }
 
 
 @pytest.mark.slow
