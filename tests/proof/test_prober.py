@@ -153,3 +153,30 @@ async def test_a_port_that_the_spec_opens_to_somebody_is_not_tried_from_there_an
     told = await limits(namespaceSelector={})
     assert tried == [8000]
     assert "metrics 9464 from the operator (the spec may allow it)" in told
+
+
+async def test_pauses_between_measurements_that_show_nothing_grow_until_a_pod_comes_or_goes() -> None:
+    async def silence(_address: str, _port: int, _seconds: float) -> Reach:
+        return Reach.SILENT
+
+    moment = 1000.0
+    owner, cache = Owner("llama", "apps", "uid-1"), Cache()
+    cache.pods["apps"] = [engine(owner, 0, "10.0.0.1")]
+    prober = Prober(
+        None, cache, None, Context(), now=lambda: datetime.now(UTC), monotonic=lambda: moment,  # type: ignore[arg-type]
+        changed=lambda _who: None, observer=Observer(), others=no_others, dial=silence,
+    )  # fmt: skip
+    prober.follow(subject(owner))
+    track = prober._tracks[Who("apps", "llama")]
+
+    async def pause() -> float:
+        """Measure when it is due; how long until it is tried again."""
+        nonlocal moment
+        moment = track.canary_at if track.changed_at is None else track.changed_at
+        await prober._turn(track)
+        return track.canary_at - moment
+
+    assert [await pause() for _ in range(4)] == [60, 120, 240, 480]
+    cache.pods["apps"].append(engine(owner, 1, "10.0.0.2"))
+    prober.follow(subject(owner))
+    assert [await pause() for _ in range(2)] == [60, 120]

@@ -231,6 +231,7 @@ class Prober:
         if (pods, subject.revision) != (track.pods, track.subject.revision):
             track.pods = pods
             track.changed_at = self._monotonic() + _CHANGE_SECONDS
+            track.retry = _RETRY_SECONDS  # it grew while something else was wrong
         track.subject = subject
 
     def forget(self, who: Who) -> None:
