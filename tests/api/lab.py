@@ -257,25 +257,33 @@ def policies_before_pods(requests: Sequence[Request], users: set[str]) -> list[s
 def deny_gone_too_early(requests: Sequence[Request], users: set[str]) -> list[str]:
     """Removals of the default-deny by operators while pods were there that nobody had removed yet.
 
-    Only by order: who creates pods is not told their names before the answer, so they are counted. A pod counts as
-    removed when somebody asked for it, also when that found it gone, or got no answer.
+    By order, and where a ReplicaSet or a Job makes them by number: who creates a pod without a name is told it in the
+    answer only. A pod counts as removed when somebody asked for it, also when that found it gone, or got no answer.
 
     Args:
         requests: all requests to one namespace, of everybody, in the order of the audit log.
         users: the operators.
     """
-    created, removed, told = 0, set[str](), []
+    unnamed, told = 0, []
+    named, there, removed = set[str](), set[str](), set[str]()
     for request in requests:
         what = "" if request.subresource else f"{request.verb} {request.resource}"
-        if what == "create pods":
-            created += request.done
-        elif what == "delete pods":
-            lost = request.code == httpx.codes.NOT_FOUND or request.code >= httpx.codes.INTERNAL_SERVER_ERROR
-            removed |= {request.name} if request.done or lost else set()
+        if what == "create pods" and request.done:
+            unnamed += not request.name
+            named |= {request.name} - {""}
+            there |= {request.name} - {""}
+        elif what == "delete pods" and _asked_for(request):
+            there.discard(request.name)
+            removed |= {request.name} - named
         elif what == "delete networkpolicies" and request.name == DENY_NAME and request.done and request.user in users:
-            left = created - len(removed)
-            told += [f"default-deny deleted at {request.began}: {left} of {created} pods were not yet"] * (left > 0)
+            left = len(there) + unnamed - len(removed)
+            told += [f"default-deny deleted at {request.began}: {left} pods were there"] * (left > 0)
     return told
+
+
+def _asked_for(request: Request) -> bool:
+    lost = request.code == httpx.codes.NOT_FOUND or request.code >= httpx.codes.INTERNAL_SERVER_ERROR
+    return request.done or lost
 
 
 def strays(kube: Kube, namespace: str) -> list[str]:

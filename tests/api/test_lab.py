@@ -64,6 +64,14 @@ def test_a_default_deny_that_goes_before_the_last_pod_is_seen_and_one_that_goes_
     assert len(deny_gone_too_early([*POLICIES, POD, POD, GONE, NO_DENY], {OPERATOR})) == 1
 
 
+def test_a_pod_that_is_made_again_under_its_name_has_to_go_again() -> None:
+    made = request("create", "pods", "llama-e0-0-0", code=201, user="statefulset-controller")
+    gone = request("delete", "pods", "llama-e0-0-0", user=KUBELET)
+    assert deny_gone_too_early([made, gone, gone, made, gone, NO_DENY], {OPERATOR}) == []
+    assert deny_gone_too_early([made, gone, gone, made, NO_DENY], {OPERATOR}) != []
+    assert deny_gone_too_early([POD, made, gone, gone, NO_DENY], {OPERATOR}) != []
+
+
 @pytest.mark.parametrize("code", [404, 504])
 def test_a_pod_counts_as_removed_when_the_answer_to_it_was_lost(code: int) -> None:
     assert deny_gone_too_early([POD, replace(GONE, code=code), NO_DENY], {OPERATOR}) == []
