@@ -124,6 +124,16 @@ def connect_outsider(
         _in_namespace(pid, *(f"route replace {address} via {plan.outsider_ip}" for address in addresses))
 
 
+def unplug(switch: int, node: str) -> None:
+    """Take a node's port of the switch (`switch`: a pid in its network namespace) down."""
+    _in_namespace(switch, f"link set {node} down")
+
+
+def plug(switch: int, node: str) -> None:
+    """Take it up again."""
+    _in_namespace(switch, f"link set {node} up")
+
+
 def route_pods(plan: Plan, ranges: dict[str, str], holders: dict[str, int], *, between_nodes: bool) -> None:
     """Route each node's pod range (`ranges`) by its node: on this machine, and on the other nodes if asked to."""
     for node, pods in ranges.items():

@@ -28,6 +28,7 @@ from e2e.cluster.paths import cache_folder
 Cni = Literal["cilium", "bridge"]
 
 INIT = "init"
+SWITCH = "switch"
 CONTAINERD = "containerd"
 PAUSE_IMAGE = "registry.local/pause:1"
 
@@ -106,15 +107,26 @@ class Node:
             if name != CONTAINERD:
                 self.start(name)
 
-    def start(self, name: str) -> None:
-        """Start one of `daemons`."""
-        daemon.start(name, self.command(*_in_path(self._arguments(name))), self.folder)
+    def start(self, name: str, *options: str) -> None:
+        """Start one of `daemons`, with further options of its own."""
+        daemon.start(name, self.command(*_in_path([*self._arguments(name), *options])), self.folder)
         # What runs in the node is the child; its parent only waits for it, and ends with it.
         daemon.record(self.folder, name, _child(daemon.recorded(self.folder, name)).pid)
 
     def stop(self, name: str, grace: float = 5.0) -> None:
         """End one of `daemons`; pods go on."""
         daemon.stop(self.folder, name, grace)
+
+    def unplug(self) -> None:
+        """Cut it off from all others, this machine included; what runs on it goes on."""
+        network.unplug(self._switch(), self.name)
+
+    def plug(self) -> None:
+        """Undo `unplug`."""
+        network.plug(self._switch(), self.name)
+
+    def _switch(self) -> int:
+        return first_process(self.cluster / SWITCH).pid
 
     def wait_for_runtime(self) -> None:
         """Return when the container runtime answers.

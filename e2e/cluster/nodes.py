@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from e2e.cluster import binaries, daemon, images, machine, network, packages
 from e2e.cluster.errors import ClusterError
-from e2e.cluster.node import Cni, Node, first_process, power_off, remove_cgroups, start_init
+from e2e.cluster.node import SWITCH, Cni, Node, first_process, power_off, remove_cgroups, start_init
 
 if TYPE_CHECKING:
     from e2e.cluster.binaries import Progress
@@ -182,7 +182,7 @@ def _is_linux_root() -> bool:
 
 
 def _switch(folder: Path) -> Path:
-    return folder / "switch"
+    return folder / SWITCH
 
 
 def _for_each(nodes: list[Node], action: Callable[[Node], object]) -> None:
