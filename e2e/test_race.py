@@ -1,0 +1,213 @@
+"""Between the moment when a pod exists and the one when its policies are enforced, no engine can be reached.
+
+A scanner connects to every address that a pod can get, again and again, from before the first pod exists. Cilium
+programs a pod before it starts; an engine that is late, or none at all, is an agent that was told to enforce nothing.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import json
+import subprocess
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import yaml
+
+from e2e import images
+from e2e.cluster.kubectl import program
+from e2e.conftest import ARTEFACTS
+from e2e.enforcement import can_be_withheld, withheld
+from e2e.reach import OPEN
+from e2e.workload import Pod, apply, new_namespace, pods_of, start_pods, until, until_resource_ready
+
+if TYPE_CHECKING:
+    from e2e.cluster import Cluster
+    from e2e.cluster.kubectl import Kubectl
+
+pytestmark = pytest.mark.usefixtures("operator")
+
+API, EVENTS = 8000, 5557
+WITHHELD_SECONDS = 5.0
+UNMEASURED = {"verification": {"mode": "Disabled"}}
+"""The operator's canary pods listen on the engines' ports: nobody may but the tests' own controls."""
+READY_SECONDS = 900.0
+"""A generous limit for what takes a minute or two on an idle machine with two cores."""
+
+
+@dataclass
+class Scan:
+    """What a scanner saw; filled in when it ends.
+
+    Attributes:
+        rounds: How often it went over all targets.
+        seconds: How long.
+        opened: Target -> seconds after its start at which a handshake completed.
+    """
+
+    rounds: int = 0
+    seconds: float = 0.0
+    opened: dict[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Range:
+    """Two scanners, and every address that a pod can get."""
+
+    kubectl: Kubectl
+    namespace: str
+    scanners: tuple[Pod, ...]
+    addresses: tuple[str, ...]
+
+
+@pytest.fixture(scope="module")
+def lane(kubectl: Kubectl, nodes: list[str]) -> Iterator[Range]:
+    """One scanner in the namespace of the engines, and one on the other node in another namespace."""
+    with ExitStack() as stack:
+        namespace = stack.enter_context(new_namespace(kubectl, "race"))
+        other = stack.enter_context(new_namespace(kubectl, "other"))
+        scanners = start_pods(kubectl, [(namespace, "scanner", nodes[0]), (other, "scanner", nodes[1])])
+        ranges = [
+            item["spec"]["podCIDR"] for item in kubectl.get("nodes")["items"] if item["metadata"]["name"] in nodes
+        ]
+        addresses = tuple(str(address) for text in ranges for address in ipaddress.ip_network(text).hosts())
+        yield Range(kubectl, namespace, tuple(scanners), addresses)
+
+
+@contextmanager
+def scanning(scanner: Pod, targets: Iterable[str]) -> Iterator[Scan]:
+    """Let a pod connect to all targets again and again for the length of the block, and once more at its end."""
+    scan = Scan()
+    command = [str(program()), f"--kubeconfig={scanner.kubectl.kubeconfig}", *scanner.exec_arguments("--stdin")]
+    command += ["--", "python", "-m", "reach", "--watch", "--timeout=1", *targets]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield scan
+        finally:
+            said, _ = process.communicate(timeout=300)
+    found = json.loads(said)
+    scan.rounds, scan.seconds, scan.opened = found["rounds"], found["seconds"], found["open"]
+
+
+def resource(lane: Range, name: str, **spec: Any) -> dict[str, Any]:
+    """A resource of CPU-less engines; a reader of KV events that does not exist opens one more socket."""
+    sample = yaml.safe_load(images.QUICKSTART.read_text(encoding="utf-8"))
+    nobody = {"podSelector": {"matchLabels": {"app": "nobody"}}}
+    security = {"kvEvents": {"from": nobody, "why": "a socket that is open to all interfaces"}}
+    smallest = {"model": {"name": "/models/any"}, "image": sample["spec"]["image"], "gateway": {"replicas": 1}}
+    metadata = {"name": name, "namespace": lane.namespace}
+    whole = {**smallest, **spec, "security": {**security, **spec.get("security", {})}}
+    return {"apiVersion": sample["apiVersion"], "kind": sample["kind"], "metadata": metadata, "spec": whole}
+
+
+def engines(lane: Range, name: str) -> list[dict[str, Any]]:
+    """The engine pods of a resource, as they are now."""
+    return [
+        pod
+        for role in ("engine", "engine-worker")
+        for pod in pods_of(lane.kubectl, lane.namespace, role)
+        if pod["metadata"]["labels"]["securevllm.io/resource"].startswith(f"{name}-")
+    ]
+
+
+def started(pod: dict[str, Any]) -> bool:
+    """Whether the engine's own container runs or ever ran."""
+    statuses = pod["status"].get("containerStatuses") or ()
+    return any({"running", "terminated"} & {*one["state"], *one.get("lastState", {})} for one in statuses)
+
+
+def addresses_of(pods: Iterable[dict[str, Any]]) -> set[str]:
+    """Where they are, or were given an address."""
+    return {pod["status"]["podIP"] for pod in pods if pod["status"].get("podIP")}
+
+
+def note(name: str, text: str) -> None:
+    """Keep a sentence of what was measured, beside the tables."""
+    ARTEFACTS.mkdir(parents=True, exist_ok=True)
+    (ARTEFACTS / f"race-{name}.txt").write_text(f"{text}\n", encoding="utf-8")
+
+
+@pytest.fixture
+def late(cluster: Cluster) -> Cluster:
+    """A cluster whose policy engine can be made late."""
+    if not can_be_withheld(cluster):
+        pytest.skip("policies are withheld by a word to Cilium's agents, on nodes of our own only")
+    return cluster
+
+
+def test_while_policies_are_withheld_no_engine_starts(late: Cluster, lane: Range, nodes: list[str]) -> None:
+    count = 6
+    targets = [f"{address}:{port}" for address in lane.addresses for port in (API, EVENTS)]
+    with withheld(late) as enforce, scanning(lane.scanners[0], targets) as scan:
+        apply(lane.kubectl, resource(lane, "late", replicas=count, security=UNMEASURED))
+        where = [(lane.namespace, "control", nodes[0])]
+        control = start_pods(lane.kubectl, where, partial(until, seconds=READY_SECONDS), port=API)
+        until(lambda: len(addresses_of(engines(lane, "late"))) == count, "every pod has an address", READY_SECONDS)
+        until(lambda: all(_gate_waits(lane, pod) for pod in engines(lane, "late")), "every gate waits", READY_SECONDS)
+        time.sleep(WITHHELD_SECONDS)
+        assert [pod["metadata"]["name"] for pod in engines(lane, "late") if started(pod)] == []
+        enforce()
+        until_resource_ready(lane.kubectl, lane.namespace, "late", READY_SECONDS)
+        assert all(started(pod) for pod in engines(lane, "late"))
+    lane.kubectl("delete", f"--namespace={lane.namespace}", "securevllmdeployment", "late", "--wait=false")
+    lane.kubectl("delete", f"--namespace={lane.namespace}", "pod", "control")  # it listens where engines do
+    assert set(scan.opened or ()) == {f"{pod.ip}:{API}" for pod in control}
+
+
+def _gate_waits(lane: Range, pod: dict[str, Any]) -> bool:
+    """Whether the gate has seen from inside that nothing is enforced."""
+    where = (f"--namespace={lane.namespace}", pod["metadata"]["name"], "--container=gate")
+    return "NetworkPolicies are not enforced" in lane.kubectl("logs", *where)
+
+
+def test_without_the_gate_there_is_a_window(late: Cluster, lane: Range) -> None:
+    """What the gate is there for; otherwise the test above would pass with an engine that is never reachable."""
+    disabled = {"gate": {"disabled": "the test wants to see what happens"}}
+    with withheld(late) as enforce:
+        apply(lane.kubectl, resource(lane, "ungated", security=disabled))
+        until(lambda: any(started(pod) for pod in engines(lane, "ungated")), "the engine runs", READY_SECONDS)
+        [address] = addresses_of(engines(lane, "ungated"))
+        sockets = [f"{address}:{API}", f"{address}:{EVENTS}"]
+        began = time.monotonic()
+        for scanner in lane.scanners:
+            until(partial(_all, scanner, sockets, reached=True), "the window is open", READY_SECONDS)
+        enforce()
+        for scanner in lane.scanners:
+            until(partial(_all, scanner, sockets, reached=False), "the window is shut", READY_SECONDS)
+        note("window", f"without the gate both sockets were open to both scanners for {time.monotonic() - began:.1f} s")
+    lane.kubectl("delete", f"--namespace={lane.namespace}", "securevllmdeployment", "ungated", "--wait=false")
+
+
+def _all(scanner: Pod, sockets: list[str], *, reached: bool) -> bool:
+    """Whether a scanner reaches every socket, or none of them."""
+    return {answer == OPEN for answer in scanner.reach(sockets).values()} == {reached}
+
+
+def test_without_a_policy_engine_no_engine_ever_starts_and_the_status_says_why(late: Cluster, lane: Range) -> None:
+    shapes = {"alone": {}, "together": {"parallelism": {"tensor": 2, "nodes": 2}}}
+
+    def told(name: str) -> dict[str, Any] | None:
+        item = lane.kubectl.get(f"--namespace={lane.namespace}", "securevllmdeployment", name)
+        conditions = item.get("status", {}).get("conditions") or ()
+        return next((one for one in conditions if one.get("reason") == "PolicyNotEnforced"), None)
+
+    with withheld(late) as enforce:
+        apply(lane.kubectl, *(resource(lane, name, **shape) for name, shape in shapes.items()))
+        for name in shapes:
+            found = until(partial(told, name), f"{name} says that nothing is enforced", READY_SECONDS)
+            assert (found["type"], found["status"]) == ("Isolated", "False")
+            message = found["message"]
+            assert "NetworkPolicies are not enforced: install a network plugin that does" in message
+            assert "such as Cilium or Calico" in message
+        pods = [pod for name in shapes for pod in engines(lane, name)]
+        assert len(pods) == 3
+        assert [pod["metadata"]["name"] for pod in pods if started(pod)] == []
+        # It is no dead end: with an engine they start by themselves.
+        enforce()
+        for name in shapes:
+            until_resource_ready(lane.kubectl, lane.namespace, name, READY_SECONDS)
