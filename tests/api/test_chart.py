@@ -6,7 +6,10 @@ engines, run on a hollow node, which counts them as ready.
 
 from __future__ import annotations
 
+import os
+import socket
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -19,13 +22,22 @@ import yaml
 from e2e.cluster import Cluster, running
 from e2e.cluster.errors import ClusterError
 from e2e.cluster.hollow import hollow_node
+from e2e.cluster.runners import ContainerStart, Launch, Outcome, Runner
 from e2e.helm import find_or_install
 from securevllm.api import kinds
 from securevllm.api.kinds import Ref
 from tests.api import older
 from tests.api.audit import Audit, now
 from tests.api.kube import Kube, eventually
-from tests.api.operator_process import ROOT, USER, OperatorProcess, new_namespace, resource
+from tests.api.operator_process import (
+    ROOT,
+    USER,
+    OperatorProcess,
+    await_condition,
+    new_namespace,
+    resource,
+    token,
+)
 from tests.chart.programs import CHART, KUBECTL, MANIFESTS, NAME, Helm, HelmError
 
 pytestmark = pytest.mark.cluster
@@ -110,7 +122,9 @@ def namespaces(kube: Kube, *names: str) -> Iterator[None]:
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.stem)
 def test_the_api_server_takes_every_combination(cluster: Cluster, kube: Kube, helm: Helm, case: Path) -> None:
     with new_namespace(kube, "chart") as namespace:
-        objects = helm.template("--values", str(case), "--set", "watchNamespace=", namespace=namespace)
+        # Pods of `helm test` name an account that a dry run does not make.
+        options = ("--values", str(case), "--set", "watchNamespace=", "--skip-tests")
+        objects = helm.template(*options, namespace=namespace)
         printed = kubectl(
             cluster,
             *("apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-", "-o", "name"),
@@ -221,7 +235,7 @@ def test_install_upgrade_rollback_uninstall_with_resources_that_run(
             assert third.stop() == 0
 
         # The definition is kept, and with it what runs.
-        objects = helm.template()
+        objects = helm.template("--skip-tests")
         assert len(there(cluster, objects)) == len(objects)
         run("uninstall", NAME, *wait)
         kept = eventually(lambda: (left := there(cluster, objects)) and len(left) == 1 and left, 60)
@@ -262,6 +276,90 @@ def settle(cluster: Cluster, since: str) -> None:
     eventually(quiet, 600)
 
 
+# -------------------------------------------------------------------------------------------------------- helm test
+
+TEST = f"{NAME}-test"
+
+
+def probing(cluster: Cluster, kube: Kube, folder: Path) -> Runner:
+    """The test's pod, with the rights of its own account, and canary pods run; engines count as Ready and refuse."""
+
+    def run(start: ContainerStart) -> Launch | Outcome | None:
+        if start.container["name"] not in {"probe", "canary"}:
+            return Outcome.HOLD
+        env = {**start.env, "PATH": os.environ["PATH"], "PYTHONPATH": str(ROOT / "operator")}
+        arguments = [*start.args]
+        if start.container["name"] == "probe":
+            account = start.pod["spec"]["serviceAccountName"]
+            config = cluster.kubeconfig_for_token(token(kube, account=account, namespace=NAME), folder / "config")
+            arguments += ["--kubeconfig", str(config)]
+        return Launch([sys.executable, "-m", "securevllm", *arguments], env)
+
+    return run
+
+
+@pytest.mark.slow
+def test_helm_test_measures_and_takes_its_rights_away(cluster: Cluster, kube: Kube, helm: Helm, tmp_path: Path) -> None:
+    def run(*arguments: str) -> str:
+        return helm(*arguments, "--namespace", NAME, kubeconfig=cluster.kubeconfig)
+
+    def hooks() -> set[str]:
+        """What is there of the test's objects, but for its pod."""
+        listed = ["serviceaccount,clusterrole,clusterrolebinding", "--all-namespaces", "-o", "name"]
+        return {name for name in kubectl(cluster, "get", *listed).split() if name.endswith(f"/{TEST}")}
+
+    def left() -> list[str]:
+        return [pod["metadata"]["name"] for pod in kube.list(kinds.POD, "measured") if "-canary-" in str(pod)]
+
+    wait = ["--wait", "--timeout", "120s"]
+    with namespaces(kube, "measured"), hollow_node(cluster, probing(cluster, kube, tmp_path)) as node:
+
+        def outcome(wanted: int) -> None:
+            """Test; on a slow machine a canary pod may come too late, and nothing is measured: then again."""
+            for _ in range(5):
+                try:
+                    run("test", NAME)
+                    code, told = 0, ""
+                except HelmError as error:
+                    state = kube.get(Ref(kinds.POD, NAME, TEST))["status"]["containerStatuses"][0]["state"]
+                    log = node.log(NAME, TEST, "probe").read_text(encoding="utf-8")
+                    code, told = state["terminated"]["exitCode"], f"{error}\n{log}"
+                # Its pod stays for its log when it failed, and nothing that could do anything.
+                assert (hooks(), left()) == (set(), [])
+                if code == wanted:
+                    return
+                assert code == 2, told
+                print(told)  # noqa: T201
+            raise AssertionError(told)
+
+        run("install", NAME, str(CHART), "--create-namespace", *wait)
+        assert hooks() == set()
+        # Nothing to measure is no failure.
+        outcome(0)
+        with OperatorProcess(cluster, kube, tmp_path / "operator") as operator:
+            ref = Ref.of(kube.create(resource("measured", "llama", security=UNPROVED)))
+            await_condition(kube, ref, "EnginesReady", "True", seconds=120)
+            outcome(0)
+            assert kube.find(Ref(kinds.POD, NAME, TEST)) is None
+
+            engines = kube.list(kinds.POD, "measured", "securevllm.io/role=engine")
+            with socket.create_server((engines[0]["status"]["podIP"], 8000)):
+                outcome(1)
+            outcome(0)
+
+            # What the operator measured, with the right to read resources and no other: nothing, in mode Disabled.
+            run("upgrade", NAME, str(CHART), "--set", "helmTest.measure=false,helmTest.waitSeconds=1", *wait)
+            since = now()
+            outcome(2)
+            user = f"system:serviceaccount:{NAME}:{TEST}"
+            assert {item.resource for item in Audit(cluster).requests(since, user=user)} == {"securevllmdeployments"}
+            kube.delete(ref)
+            eventually(lambda: pods(kube, "measured") == {}, 120)
+            assert operator.stop() == 0
+        run("uninstall", NAME, *wait)
+    kubectl(cluster, "delete", "crd", "securevllmdeployments.securevllm.io")
+
+
 # ------------------------------------------------------------------------------------------------------- wrong turns
 
 
@@ -282,7 +380,7 @@ def test_a_second_release_and_somebody_else_s_definition_are_refused(cluster: Cl
     with pytest.raises(HelmError, match=r"invalid ownership metadata|exists and cannot be imported"):
         install("one", "two", "--set", "crds.enabled=false")
     helm("uninstall", "one", "--namespace", "one", kubeconfig=cluster.kubeconfig)
-    objects = helm.template("--set", "crds.enabled=false", release="one", namespace="one")
+    objects = helm.template("--skip-tests", "--set", "crds.enabled=false", release="one", namespace="one")
     assert there(cluster, objects) == set()
     kubectl(cluster, "delete", "-k", str(MANIFESTS.parent / "crds"))
     for name in ("one", "two", NAME):

@@ -81,7 +81,7 @@ def by_helm(cluster: Cluster, helm: Helm) -> list[Object]:
     helm("install", NAME, str(CHART), *where, "--set", f"image.repository={IMAGE}", kubeconfig=cluster.kubeconfig)
     with closing(Kube(cluster.kubeconfig)) as kube:
         kube.patch(Ref(kinds.NAMESPACE, None, NAME), {"metadata": {"labels": RESTRICTED}})
-    return [namespace(), *helm.template("--set", f"image.repository={IMAGE}")]
+    return [namespace(), *helm.template("--skip-tests", "--set", f"image.repository={IMAGE}")]
 
 
 def by_argo(helm: Helm, folder: Path) -> list[Object]:

@@ -55,6 +55,34 @@ def test_the_operator_meets_the_restricted_standard(helm: Helm, case: Path) -> N
     assert template["spec"]["containers"][0]["securityContext"] == CONTAINER_SECURITY
 
 
+HOOKED = [path for path in CASES if path.stem != "nothing"]
+
+
+@pytest.mark.parametrize("case", HOOKED, ids=lambda path: path.stem)
+def test_what_helm_test_brings_is_a_hook_and_passes_for_no_operator(helm: Helm, case: Path) -> None:
+    objects = rendered(helm, case)
+    hooks = {name: obj for name, obj in objects.items() if "helm.sh/hook" in obj["metadata"].get("annotations", {})}
+    without = by_key(helm.template("--values", str(case), "--skip-tests"))
+    assert {" ".join(filter(None, name)) for name in without} == {*objects} - {*hooks}
+    assert {obj["kind"].removeprefix("Cluster") for obj in hooks.values()} == {
+        "ServiceAccount", "Role", "RoleBinding", "Pod"
+    }  # fmt: skip
+    for obj in hooks.values():
+        policies = obj["metadata"]["annotations"]["helm.sh/hook-delete-policy"].split(",")
+        # Rights go also when the test fails.
+        assert ("hook-failed" in policies) == (obj["kind"] != "Pod")
+        assert {"before-hook-creation", "hook-succeeded"} <= {*policies}
+        # Gateways let pods with the operator's labels read what they serve.
+        assert obj["metadata"]["labels"]["app.kubernetes.io/name"] == "secure-vllm-operator-test"
+    (pod,) = [obj for obj in hooks.values() if obj["kind"] == "Pod"]
+    assert pod_security.violations(pod) == []
+    (rules,) = [obj["rules"] for obj in hooks.values() if obj["kind"].endswith("Role")]
+    verbs = {(name, verb) for rule in rules for name in rule["resources"] for verb in rule["verbs"]}
+    measures = "--status" not in pod["spec"]["containers"][0]["args"]
+    assert (("pods", "create") in verbs) == measures
+    assert not {name for name, _ in verbs} & {"secrets", "configmaps"}
+
+
 def test_every_value_is_read() -> None:
     """A value that no template reads is a promise that is not kept."""
     texts = "".join(path.read_text(encoding="utf-8") for path in sorted((CHART / "templates").rglob("*.*")))
