@@ -64,7 +64,7 @@ class Tier:
     what: str
     workers: int = 2
     dist: str = "load"
-    seconds: int = 900
+    seconds: int = 1800
     coverage: bool = False
     cluster: bool = False
     nodes: bool = False

@@ -63,12 +63,12 @@ def test_flags_variables_and_ports_of_the_newest_release(newest: Findings) -> No
     assert {("master_port", 29501), ("data_parallel_rpc_port", 29550), ("port", 8000)} <= ports
 
 
-def test_extraction_takes_less_than_ten_seconds_of_a_processor() -> None:
+def test_extraction_does_not_take_minutes() -> None:
     path = sdist("vllm", "0.33.0")
     gc.disable()
     began = time.process_time()
     extract(path)
-    assert time.process_time() - began < 10
+    assert time.process_time() - began < 60  # bench has the number
 
 
 def test_difference_of_two_releases(newest: Findings) -> None:

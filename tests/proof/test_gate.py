@@ -364,4 +364,4 @@ def test_it_is_small_and_starts_quickly(tmp_path: Path) -> None:
         assert int(kib) < 64 * 1024
         assert third == "[]"
         best = min(best, float(seconds))
-    assert best < 0.5
+    assert best < 2  # 0.2 on an idle machine; bench has what it adds to a start

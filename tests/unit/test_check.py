@@ -720,16 +720,20 @@ def test_every_code_is_explained() -> None:
     assert used == headings
 
 
-def test_a_thousand_manifests_take_less_than_five_seconds_of_a_processor() -> None:
-    base = [deployment(container=KEY), service(), policy({"podSelector": {"matchLabels": {"app": "m"}}}, "p")]
-    texts = [
-        yaml.safe_dump_all(base).replace("app: m", f"app: m{index}").replace("name: m\n", f"name: m{index}\n")
-        for index in range(334)
-    ]
-    content = "---\n".join(texts)
-    began = time.process_time()
-    report = examine(read("f", content))
-    assert text(report)
-    assert time.process_time() - began < 5
-    assert report.objects >= 1000
-    assert len(report.workloads) == 334
+def test_time_grows_with_the_number_of_manifests_and_not_with_its_square() -> None:
+    def seconds(workloads: int) -> float:
+        base = [deployment(container=KEY), service(), policy({"podSelector": {"matchLabels": {"app": "m"}}}, "p")]
+        texts = [
+            yaml.safe_dump_all(base).replace("app: m", f"app: m{index}").replace("name: m\n", f"name: m{index}\n")
+            for index in range(workloads)
+        ]
+        content = "---\n".join(texts)
+        began = time.process_time()
+        report = examine(read("f", content))
+        assert text(report)
+        assert report.objects == 3 * workloads
+        assert len(report.workloads) == workloads
+        return time.process_time() - began
+
+    # Bench has the seconds. Twelve times as many: a hundred and forty-four times the time would be the square.
+    assert seconds(336) < 48 * min(seconds(28) for _ in range(3))

