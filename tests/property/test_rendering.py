@@ -84,8 +84,10 @@ def _replicas(found: Rendered, obj: Object) -> bool:
 
 def _assert_listening(service: Object, selected: list[Object]) -> None:
     wanted = {port["targetPort"] for port in service["spec"]["ports"]}
-    containers = [container for item in selected for container in item["spec"]["containers"]]
-    listening = [{port["containerPort"] for port in container.get("ports", ())} for container in containers]
+    listening = [
+        {port["containerPort"] for container in item["spec"]["containers"] for port in container.get("ports", ())}
+        for item in selected
+    ]
     if service["spec"].get("publishNotReadyAddresses"):
         assert wanted <= listening[0], "the head has HTTP"
     else:
