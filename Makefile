@@ -83,7 +83,7 @@ e2e: setup ## tests on a cluster with real nodes and a policy engine; tables of 
 	@$(BIN)/python tools/test_tiers.py e2e
 
 .PHONY: e2e-vllm
-e2e-vllm: setup ## the real vLLM with a tiny model and no GPU; 2 GB of packages, once
+e2e-vllm: setup ## the real vLLM with a tiny model and no GPU, as processes and in pods; 2 GB of packages, once
 	@$(BIN)/python tools/test_tiers.py vllm
 
 .PHONY: e2e-soak

@@ -32,7 +32,7 @@ import json, ssl, sys, urllib.error, urllib.request
 url, method, authority, headers, body = json.loads(sys.argv[1])
 request = urllib.request.Request(url, method=method, headers=headers, data=body and body.encode())
 try:
-    answer = urllib.request.urlopen(request, timeout=20, context=ssl.create_default_context(cadata=authority))
+    answer = urllib.request.urlopen(request, timeout=100, context=ssl.create_default_context(cadata=authority))
 except urllib.error.HTTPError as error:
     answer = error
 print(json.dumps([answer.status, answer.read().decode()]))

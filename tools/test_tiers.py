@@ -85,7 +85,7 @@ TIERS = (
     Tier("gateway", "a real Envoy", workers=0),
     Tier("api", "a real kube-apiserver", dist="loadfile", seconds=3600, cluster=True),
     Tier("e2e", "real nodes and a policy engine", workers=0, seconds=2700, cluster=True, nodes=True, folder="e2e"),
-    Tier("vllm", "the real vLLM, no GPU", workers=0, seconds=2700, nodes=True, folder="e2e/real_vllm"),
+    Tier("vllm", "the real vLLM, no GPU", workers=0, seconds=2700, cluster=True, nodes=True, folder="e2e/real_vllm"),
 )
 
 CHECKS: dict[str, Sequence[str]] = {
