@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from e2e.cluster.binaries import CILIUM_AGENT
 from e2e.cluster.errors import ClusterError
 from e2e.cluster.node import first_process
 
@@ -42,6 +43,20 @@ class _OverSocket(http.client.HTTPConnection):
 def can_be_withheld(cluster: Cluster) -> bool:
     """Whether the nodes are ours and Cilium's."""
     return bool(cluster.nodes) and all(node.cni == "cilium" for node in cluster.nodes)
+
+
+def works(node: Node) -> bool:
+    """Whether the node's agent runs and answers; one that ended is started again, as kubelet would.
+
+    An agent ends by itself when it finds no API server for a minute after its start.
+    """
+    if not node.runs(CILIUM_AGENT):
+        node.start(CILIUM_AGENT)
+    try:
+        _ask(node, "GET")
+    except ClusterError:
+        return False
+    return True
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from e2e import enforcement
 from e2e.cluster import binaries
 from e2e.conftest import ARTEFACTS
 from e2e.reach import OPEN, SILENT
@@ -219,6 +220,7 @@ def agents(cluster: Cluster) -> Iterator[list[Node]]:
     found = list(cluster.nodes)
     yield found
     _restart(found)
+    _until_they_work(found)
 
 
 def test_a_foreign_policy_that_opens_everything_is_told_and_enforce_takes_the_endpoints_away(
@@ -314,6 +316,7 @@ def test_a_node_that_is_cut_off_is_told_and_its_engines_serve_again_when_it_is_b
         assert [name for name in EVERY if seen.told(name, "Isolated")[0] == "False"] == []
     finally:
         lost.plug()
+    _until_they_work([lost])
     tries = {f"{name} answers": partial(_answers, scene, name) for name in EVERY}
     # Those on the node that was away are measured again when pods can be made there again, which may take minutes.
     here = {what: holds for what, holds in _isolated().items() if not what.endswith(there)}
@@ -427,6 +430,11 @@ def _restart(agents: Sequence[Node], *options: str) -> None:
         node.stop(binaries.CILIUM_AGENT)
     for node in agents:
         node.start(binaries.CILIUM_AGENT, *options)
+
+
+def _until_they_work(agents: Sequence[Node]) -> None:
+    for node in agents:
+        until(partial(enforcement.works, node), f"the policy engine of {node.name} works", 300)
 
 
 @contextmanager

@@ -117,6 +117,11 @@ class Node:
         """End one of `daemons`; pods go on."""
         daemon.stop(self.folder, name, grace)
 
+    def runs(self, name: str) -> bool:
+        """Tell whether one of `daemons` was started and still runs."""
+        found = daemon.recorded(self.folder, name)
+        return found is not None and found.alive()
+
     def unplug(self) -> None:
         """Cut it off from all others, this machine included; what runs on it goes on."""
         network.unplug(self._switch(), self.name)
