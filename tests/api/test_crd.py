@@ -270,6 +270,10 @@ RULES: dict[str, tuple[Any, Any]] = {
         {**SPLIT, "replicas": 1},
         {**SPLIT, "replicas": 2},
     ),
+    "security.metrics.from names nobody": (
+        {"security": {"metrics": {"from": {"podSelector": {}}}}},
+        {"security": {"metrics": {"from": {}}}},
+    ),
     "model.source is required unless model.name is an absolute path": (
         {"model": {"name": "/models/a", "source": None}},
         {"model": {"source": None}},

@@ -26,6 +26,7 @@ from securevllm.api.kinds import (
     Ref,
 )
 from securevllm.drift import covers
+from securevllm.render.engine import MADE
 from securevllm.render.meta import ENGINE_KEY_ANNOTATION
 from tests.api.audit import Audit, now
 from tests.api.children import DENY, bare, children, defaulted, everything, rendered
@@ -66,7 +67,7 @@ def secret_texts(kube: Kube, namespace: str) -> set[str]:
         for name, value in obj.get("data", {}).items():
             found.add(value)
             plain = base64.b64decode(value).decode()
-            if name not in {"tls.crt", "ca.crt", "api_keys.yaml"}:
+            if name not in {"tls.crt", "ca.crt", "api_keys.yaml", MADE}:
                 found |= {line for line in plain.splitlines() if not line.startswith("-----")}
     return found
 

@@ -92,7 +92,9 @@ def test_what_fails_on_a_cluster_is_tried_once_more_and_told(run: Run, monkeypat
     assert any("the first time" in line for line in lines), "what it failed with is shown"
 
 
-@pytest.mark.parametrize("text", [FAILS, "".join(FAILS.replace("_a", f"_{i}") for i in range(6)) + PASSES])
+@pytest.mark.parametrize(
+    "text", [FAILS, "".join(FAILS.replace("_a", f"_{i}") for i in range(runner.SECOND_TRIES + 1)) + PASSES]
+)
 def test_the_second_try_does_not_hide_a_failure(run: Run, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
     monkeypatch.setattr(runner, "_start_build", lambda _what: None)
     code, lines = run(cluster="api", api=text)
