@@ -13,6 +13,7 @@ import socket
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from e2e.cluster.binaries import CILIUM_AGENT
@@ -91,7 +92,7 @@ def _set(node: Node, mode: str) -> None:
 
 
 def _ask(node: Node, method: str, body: Any = None) -> Any:
-    connection = _OverSocket(f"/proc/{first_process(node.folder).pid}/root/{_SOCKET}")
+    connection = _OverSocket(str(Path("/proc") / str(first_process(node.folder).pid) / "root" / _SOCKET))
     try:
         content = None if body is None else json.dumps(body)
         connection.request(method, _PATH, content, {"Content-Type": "application/json"})

@@ -20,10 +20,8 @@ import pytest
 import yaml
 
 from e2e.cluster import Cluster, running
-from e2e.cluster.errors import ClusterError
 from e2e.cluster.hollow import hollow_node
 from e2e.cluster.runners import ContainerStart, Launch, Outcome, Runner
-from e2e.helm import find_or_install
 from securevllm.api import kinds
 from securevllm.api.kinds import Ref
 from tests.api import older
@@ -53,14 +51,6 @@ STRANGERS = {
     "cilium.io/v2": {"CiliumNetworkPolicy": "ciliumnetworkpolicies"},
 }
 """Kinds of other projects: the cluster gets definitions that take anything, so their fields are not checked here."""
-
-
-@pytest.fixture(scope="module")
-def helm() -> Helm:
-    try:
-        return Helm(find_or_install())
-    except ClusterError as error:
-        pytest.skip(f"no helm 4: {error}")
 
 
 @pytest.fixture(scope="module")

@@ -13,12 +13,10 @@ from pathlib import Path
 import pytest
 
 from e2e.cluster import Cluster, running
-from e2e.cluster.errors import ClusterError
 from e2e.cluster.hollow import hollow_node
-from e2e.helm import find_or_install
 from tests.api.kube import Kube
 from tests.api.operator_process import ROOT, OperatorProcess
-from tests.chart.programs import KUBECTL
+from tests.chart.programs import KUBECTL, Helm
 
 pytestmark = pytest.mark.cluster
 
@@ -46,14 +44,10 @@ def cluster() -> Iterator[Cluster]:
         yield own
 
 
-def run(text: str, checkout: Path, cluster: Cluster) -> None:
-    try:
-        helm = find_or_install()
-    except ClusterError as error:
-        pytest.skip(f"no helm 4: {error}")
+def run(text: str, checkout: Path, cluster: Cluster, helm: Helm) -> None:
     programs = checkout / "bin"
     programs.mkdir(exist_ok=True)
-    for name, program in (("helm", helm), ("kubectl", KUBECTL)):
+    for name, program in (("helm", helm.program), ("kubectl", KUBECTL)):
         if not (programs / name).exists():
             (programs / name).symlink_to(program)
     env = {
@@ -69,7 +63,9 @@ def run(text: str, checkout: Path, cluster: Cluster) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("pages", [["install.md"], ["install.md", "upgrade.md"], ["getting-started.md"]], ids="-".join)
-def test_commands_of_the_page_work_in_their_order(pages: list[str], checkout: Path, cluster: Cluster) -> None:
+def test_commands_of_the_page_work_in_their_order(
+    pages: list[str], checkout: Path, cluster: Cluster, helm: Helm
+) -> None:
     first, *rest = blocks(pages[0])
     if len(pages) > 1:
         # Somebody who upgrades has installed and changed something once.
@@ -77,8 +73,8 @@ def test_commands_of_the_page_work_in_their_order(pages: list[str], checkout: Pa
     with ExitStack() as stack:
         kube = stack.enter_context(closing(Kube(cluster.kubeconfig)))
         stack.enter_context(hollow_node(cluster))
-        run(first, checkout, cluster)
+        run(first, checkout, cluster, helm)
         # The operator itself: with the rights of the installation, as its pod would run.
         stack.enter_context(OperatorProcess(cluster, kube, checkout / "operator"))
         for text in rest:
-            run(text, checkout, cluster)
+            run(text, checkout, cluster, helm)

@@ -17,9 +17,7 @@ import pytest
 import yaml
 
 from e2e.cluster import Cluster, running
-from e2e.cluster.errors import ClusterError
 from e2e.cluster.hollow import hollow_node
-from e2e.helm import find_or_install
 from securevllm.api import kinds
 from securevllm.api.kinds import Ref
 from tests.api.kube import Kube, Refused, eventually
@@ -35,14 +33,6 @@ APPLICATION = MANIFESTS / "argocd" / "examples" / "operator.yaml"
 IMAGE = "registry.example.com/secure-vllm-operator"
 _SERVER_METADATA = ("uid", "resourceVersion", "generation", "creationTimestamp", "managedFields")
 _ALLOCATED = ("clusterIP", "clusterIPs")
-
-
-@pytest.fixture(scope="module")
-def helm() -> Helm:
-    try:
-        return Helm(find_or_install())
-    except ClusterError as error:
-        pytest.skip(f"no helm 4: {error}")
 
 
 @pytest.fixture(scope="module")
