@@ -31,7 +31,6 @@ from e2e.cluster.volumes import Sources, VolumeError
 _FIRST_BACKOFF, _LAST_BACKOFF = 0.5, 10.0
 _VOLUME_RETRY = 0.5
 _EAGER_PROBE = 0.25
-_FOLDER_RETRY, _FOLDER_RETRIES = 0.05, 100
 
 
 @dataclass(frozen=True)
@@ -122,19 +121,10 @@ class PodWorker:
                 await self._work()
             await self._terminate()
         finally:
-            await asyncio.gather(*(self._end(running, 0.0) for running in self._running.values()))
-            await self._remove_folder()
-
-    async def _remove_folder(self) -> None:
-        """Remove the pod's folder until it stays away.
-
-        A thread may still write a volume when its task is cancelled, and brings folders back behind the removal.
-        """
-        for _ in range(_FOLDER_RETRIES):
-            shutil.rmtree(self._folder, ignore_errors=True)
-            if not self._folder.exists():
-                return
-            await asyncio.sleep(_FOLDER_RETRY)
+            try:
+                await asyncio.gather(*(self._end(running, 0.0) for running in self._running.values()))
+            finally:  # the pod may be seen to be gone, which cancels this, right after it was deleted
+                shutil.rmtree(self._folder, ignore_errors=True)
 
     async def _work(self) -> None:
         """Run the containers until the pod is being deleted; then nothing is started again."""

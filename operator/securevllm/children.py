@@ -38,7 +38,7 @@ log = structlog.stdlib.get_logger(__name__)
 _CONTEST_WINDOW = 600.0
 _CONTEST_REPEATS = 5
 _CONTEST_PAUSE, _CONTEST_PAUSE_SHORT = 60.0, 3.0
-_ROLLS_PODS = frozenset({DEPLOYMENT, JOB, STATEFUL_SET})
+_MAKES_PODS = frozenset({DEPLOYMENT, JOB, STATEFUL_SET})
 _RETRY, _RETRY_REFUSED = 2.0, 30.0
 
 WAITING = "WaitingForGarbageCollection"
@@ -54,7 +54,7 @@ class Cache(Protocol):
         """The object, or None when it was never seen or is gone."""
 
     def indexed(self, word: str) -> Sequence[KubeObject]:
-        """Objects whose controller is the owner with this uid."""
+        """Objects whose controller has this uid, or is this resource (``str(Ref)``), be it of another life."""
 
     def all(self, kind: Kind, namespace: str | None = None) -> Sequence[KubeObject]:
         """Objects of a kind, of one namespace when it is given."""
@@ -221,7 +221,7 @@ class Children:
         recent = [moment for moment in memory.repairs if now - moment < _CONTEST_WINDOW]
         if len(recent) > _CONTEST_REPEATS:
             # What isolates or authenticates is open for moments only; a workload that is changed rolls pods each time.
-            pause = _CONTEST_PAUSE if ref.kind in _ROLLS_PODS else _CONTEST_PAUSE_SHORT
+            pause = _CONTEST_PAUSE if ref.kind in _MAKES_PODS else _CONTEST_PAUSE_SHORT
             memory.pause_until = now + pause
             log.warning("drift contested", kind=ref.kind.kind, name=ref.name, pause=pause)
 
@@ -244,7 +244,8 @@ class Children:
             return
         if controller is not None and controller["kind"] == api.KIND:
             raise Unavailable(
-                f"{live['kind']} {metadata['name']} belongs to a deleted {api.KIND} and is being removed",
+                f"{live['kind']} {metadata['name']} belongs to a deleted {api.KIND}, and the garbage collector removes "
+                "it. If it stays, delete it",
                 reason=WAITING,
             )
         raise _foreign(live, controller)
@@ -288,14 +289,45 @@ class Children:
             keep: what is rendered, or must stay for another reason.
             kinds: only these; anybody can make an object that names our resource as its owner.
         """
+        unwanted = [obj for obj in self._cache.indexed(uid) if Ref.of(obj) not in keep]
+        return await self._remove(unwanted, kinds, "pruned", foreground=False)
+
+    async def clear(self, resource: KubeObject, kinds: frozenset[Kind]) -> Outcome:
+        """Delete what a deleted resource of the same name left.
+
+        That is the garbage collector's task; but where a resource was deleted and made anew while its watch was broken,
+        its informer tells it of an update, and it keeps the children of the old one for good (seen with Kubernetes
+        1.36, pkg/controller/garbagecollector). So that it does not lose their pods in the same way, what makes pods is
+        deleted in the foreground: it stays visible until they are gone.
+
+        Args:
+            resource: that is there now.
+            kinds: only these.
+
+        Raises:
+            Conflict: the resource is not the one that is there.
+        """
+        ref, uid = Ref.of(resource), resource["metadata"]["uid"]
+        left = [obj for obj in self._cache.indexed(str(ref)) if not _owners(obj) & {uid}]
+        if not left:
+            return Outcome()
+        # A cache may be behind: it must not take what belongs to the next life for what the last one left.
+        if (await self._kubernetes.get(ref))["metadata"]["uid"] != uid:
+            raise Conflict(f"{ref} was made anew")
+        return await self._remove(left, kinds, "left by a deleted resource of this name", foreground=True)
+
+    async def _remove(
+        self, objects: Iterable[KubeObject], kinds: frozenset[Kind], why: str, *, foreground: bool
+    ) -> Outcome:
         outcome = Outcome()
-        for obj in self._cache.indexed(uid):
+        for obj in objects:
             ref = Ref.of(obj)
-            if ref in keep or ref.kind not in kinds or obj["metadata"].get("deletionTimestamp"):
+            if ref.kind not in kinds or obj["metadata"].get("deletionTimestamp"):
                 continue
+            propagation = "Foreground" if foreground and ref.kind in _MAKES_PODS else "Background"
             try:
-                await self._kubernetes.delete(ref, uid=obj["metadata"]["uid"])
-                log.info("pruned", kind=ref.kind.kind, name=ref.name)
+                await self._kubernetes.delete(ref, uid=obj["metadata"]["uid"], propagation=propagation)
+                log.info(why, kind=ref.kind.kind, name=ref.name)
             except ApiError as error:
                 outcome += failed(obj, error)
             self._cache.forget(ref)
@@ -307,6 +339,10 @@ class Children:
         for ref in [ref for ref in self._memory if ref.namespace == namespace and ref.name.startswith(f"{owner}-")]:
             if self._cache.get(ref) is None:
                 del self._memory[ref]
+
+
+def _owners(obj: KubeObject) -> set[str]:
+    return {reference["uid"] for reference in obj["metadata"].get("ownerReferences", ())}
 
 
 def _foreign(live: KubeObject, controller: Mapping[str, str] | None) -> ForeignObject:

@@ -24,6 +24,7 @@ import structlog
 from securevllm import __version__, log, resolvers
 from securevllm.api import kinds
 from securevllm.api import types as api
+from securevllm.api.kinds import Ref
 from securevllm.claims import Claims
 from securevllm.cluster import Kubernetes, Login, connect
 from securevllm.context import FIELD_MANAGER
@@ -79,11 +80,13 @@ WATCHED = (
 """What is watched, and by which label: of what is numerous, never all objects of a namespace."""
 
 
-def controller_uids(obj: KubeObject) -> Iterator[str]:
-    """Uid of the controller of an object: the index of the store."""
+def controllers(obj: KubeObject) -> Iterator[str]:
+    """The index of the store: the uid of an object's controller and, where that is a resource of ours, its name."""
     for reference in obj["metadata"].get("ownerReferences", ()):
         if reference.get("controller"):
             yield reference["uid"]
+            if reference["kind"] == api.KIND:
+                yield str(Ref(kinds.SECURE_VLLM_DEPLOYMENT, obj["metadata"]["namespace"], reference["name"]))
 
 
 def keys_of(store: Store) -> Callable[[KubeObject], Iterator[Key]]:
@@ -171,7 +174,7 @@ class _Process:
         self.store = Store(
             WATCHED,
             namespaces=[settings.watch_namespace] if settings.watch_namespace else [],
-            index=controller_uids,
+            index=controllers,
         )
         self.prober = Prober(
             kubernetes,

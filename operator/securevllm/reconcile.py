@@ -57,6 +57,8 @@ _PRUNED_FIRST = frozenset({kinds.NETWORK_POLICY, kinds.JOB})
 _PRUNED = frozenset({kinds.DEPLOYMENT, kinds.SERVICE, kinds.POD_DISRUPTION_BUDGET})
 _PRUNED_LATE = frozenset({kinds.CONFIG_MAP, kinds.SECRET, kinds.SERVICE_ACCOUNT})
 """What pods refer to stays until no pod of an older template is left. Claims and generated Secrets stay for good."""
+_CLEARED = _PRUNED_FIRST | _PRUNED | _PRUNED_LATE | {kinds.STATEFUL_SET, kinds.POD}
+"""What a deleted resource of the same name may leave: all but claims, which hold weights."""
 
 _OF_A_GROUP = (kinds.NETWORK_POLICY, kinds.SERVICE)
 
@@ -315,6 +317,7 @@ class Reconciler:
     ) -> tuple[Facts, float]:
         spec = wanted.spec
         async with self._deny.used(owner.namespace) as deny:
+            left = Outcome() if deny.failures else await self._children.clear(resource, _CLEARED)
             made = await self._generator.make(owner, wanted)
             key = made.data.get(Made.ENGINE_KEY, {})
             clients = await self._client_keys(owner, spec, made)
@@ -360,7 +363,7 @@ class Reconciler:
                 workloads += await self._children.bring(rendered.ungrouped(), owner.uid)
                 workloads += await self._rollout.bring(rendered, look, owner.uid)
                 gates += await self._rollout.open(look)
-            outcome = isolation + made.outcome + configuration + workloads + gates
+            outcome = left + isolation + made.outcome + configuration + workloads + gates
         found = replace(
             facts,
             suspended=spec.suspend,

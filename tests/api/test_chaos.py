@@ -50,8 +50,8 @@ ROUNDS = int(os.environ.get("SVLLM_CHAOS_ROUNDS", "10"))
 
 LEASE = Ref(kinds.LEASE, OPERATOR_NAMESPACE, "secure-vllm-operator")
 SKEWED = Path(__file__).with_name("skewed.py")
-CONVERGED = 240.0
-"""Seconds: a Lease of 15 s and a few of work, on a machine that may be ten times slower than this one."""
+CONVERGED = 60.0
+"""Seconds: a Lease of 15 s, and up to 50 until the controllers watch again after an API server that was away."""
 ABOUT_A_LEASE = 16.0
 MONTH = 30 * 86400.0
 

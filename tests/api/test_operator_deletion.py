@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
 import secrets
+import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from e2e.cluster import daemon
+from e2e.cluster.binaries import KUBE_CONTROLLER_MANAGER
 from securevllm.api.kinds import DEPLOYMENT, NETWORK_POLICY, NODE, POD, REPLICA_SET, KubeObject, Ref
+from securevllm.context import FIELD_MANAGER
+from securevllm.render.meta import MANAGED_BY
 from tests.api.audit import Audit, Request, named, now
 from tests.api.children import DENY, children, everything
 from tests.api.kube import Kube, Refused, consistently, eventually
@@ -176,6 +182,48 @@ def test_the_default_deny_stays_with_pods_that_were_orphaned(kube: Kube, namespa
         for left in kube.list(kind, namespace):
             kube.delete(Ref.of(left), propagationPolicy="Background")
     eventually(lambda: kube.find(deny(namespace)) is None, LAST_LOOK)
+
+
+@contextmanager
+def frozen_controllers(cluster: Cluster) -> Iterator[None]:
+    """No garbage collection; also how a collector behaves that took a resource made anew for the one before."""
+    identity = daemon.recorded(cluster.folder, KUBE_CONTROLLER_MANAGER)
+    if identity is None:
+        pytest.skip("somebody's own cluster: its controllers cannot be stopped")
+    os.kill(identity.pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(identity.pid, signal.SIGCONT)
+
+
+def owned_by(kube: Kube, namespace: str, uid: str) -> set[Ref]:
+    """The children that have this owner and no other."""
+    owners = {ref: obj["metadata"].get("ownerReferences", ()) for ref, obj in children(kube, namespace).items()}
+    return {ref for ref, references in owners.items() if [one["uid"] for one in references] == [uid]}
+
+
+def test_what_a_deleted_resource_left_does_not_hold_up_the_next_of_its_name(
+    cluster: Cluster, kube: Kube, namespace: str
+) -> None:
+    old = settled(kube, Ref.of(kube.create(resource(namespace))))
+    before = set(children(kube, namespace))
+    owner = {"apiVersion": old["apiVersion"], "kind": old["kind"], "controller": True}
+    owner |= {field: old["metadata"][field] for field in ("name", "uid")}
+    metadata = {"name": "llama-router", "namespace": namespace, "labels": {MANAGED_BY: FIELD_MANAGER}}
+    no_longer_rendered = {"apiVersion": "v1", "kind": "Service", "spec": {"ports": [{"port": 80}]}}
+    with frozen_controllers(cluster):
+        kube.delete(Ref.of(old))
+        kube.create({**no_longer_rendered, "metadata": {**metadata, "ownerReferences": [owner]}})
+        uid = kube.create(resource(namespace))["metadata"]["uid"]
+        assert uid != old["metadata"]["uid"]
+        # Where there are pods, the collector has to be back first; else it could lose those in the same way.
+        makes_pods = {ref for ref in before if ref.kind == DEPLOYMENT}
+        eventually(lambda: owned_by(kube, namespace, uid) == before - {deny(namespace)} - makes_pods)
+        assert all(kube.get(ref)["metadata"]["deletionTimestamp"] for ref in makes_pods)
+    eventually(lambda: owned_by(kube, namespace, uid) == before - {deny(namespace)}, GC_SECONDS)
+    settled(kube, Ref.of(old))
+    assert set(children(kube, namespace)) == before
 
 
 # --------------------------------------------------------------------------------------- policies that cannot be made
