@@ -114,17 +114,20 @@ def census(kubectl: Kubectl) -> Iterator[dict[str, set[str]]]:
 
 
 def unexplained(lane: Range, scan: Scan, control: Iterable[Pod], pods: dict[str, set[str]]) -> dict[str, set[str]]:
-    """What a scanner reached beside the controls -> whose address it was; left out is what other namespaces have.
+    """What a scanner reached beside the controls -> whose address it was.
 
-    Their pods may be open: the tests before this one leave canary pods that end by themselves, and where policies are
-    withheld, they are from everybody.
+    Left out are canary pods of the operator, which listen to everybody and end by themselves, and other namespaces:
+    where policies are withheld, they are from everybody.
     """
     reached = {target: pods.get(target.rpartition(":")[0], set()) for target in scan.opened or ()}
     for pod in control:
         assert f"{pod.ip}:{API}" in reached, "a control was not reached: the scan would have seen nothing"
         del reached[f"{pod.ip}:{API}"]
-    ours = f"{lane.namespace}/"
-    return {target: whose for target, whose in reached.items() if not whose or any(ours in name for name in whose)}
+
+    def counts(name: str) -> bool:
+        return name.startswith(f"{lane.namespace}/") and "-canary-" not in name
+
+    return {target: whose for target, whose in reached.items() if not whose or any(map(counts, whose))}
 
 
 def resource(lane: Range, name: str, **spec: Any) -> dict[str, Any]:

@@ -153,6 +153,11 @@ class Cluster:
         self.stop_apiserver()
         self.start_apiserver()
 
+    def restart_controllers(self) -> None:
+        """Stop and start kube-controller-manager: it forgets what it believed and looks at everything again."""
+        self._local()
+        local.restart_controllers(self.folder)
+
     def _takes_images(self) -> None:
         if self.provider == "kubeconfig":
             raise ClusterError(

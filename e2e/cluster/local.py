@@ -125,6 +125,16 @@ def stop_apiserver(folder: Path) -> None:
     daemon.stop(folder, KUBE_APISERVER, grace=1.0)
 
 
+def restart_controllers(folder: Path) -> None:
+    """End the controllers and start them again, as they were started; returns when they run."""
+    identity = daemon.recorded(folder, KUBE_CONTROLLER_MANAGER)
+    if identity is None or not identity.alive():
+        raise ClusterError(f"{KUBE_CONTROLLER_MANAGER} does not run; see {folder / KUBE_CONTROLLER_MANAGER}.log")
+    command = Path(f"/proc/{identity.pid}/cmdline").read_text(encoding="utf-8").rstrip("\0").split("\0")
+    daemon.stop(folder, KUBE_CONTROLLER_MANAGER)
+    daemon.start(KUBE_CONTROLLER_MANAGER, command, folder)
+
+
 def stop(folder: Path) -> None:
     """End every process of this cluster. Its state is about to be deleted, so nobody waits for a graceful end."""
     for name in DAEMONS:

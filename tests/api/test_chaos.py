@@ -285,6 +285,9 @@ class World:
         for namespace in self.all:
             for resource in kube.list(kinds.SECURE_VLLM_DEPLOYMENT, namespace):
                 kube.delete(Ref.of(resource))
+        # An API server that restarts lets the garbage collector miss that a Deployment was deleted and made anew; its
+        # old ReplicaSets stay, unserved and isolated, until the collector starts again (docs/decisions.md).
+        self.lab.cluster.restart_controllers()
         eventually(lambda: self.one_leads() and not any(everything(kube, item) for item in self.all), CONVERGED)
         for item in self.replicas:
             assert item.operator.stop() == 0
