@@ -41,6 +41,7 @@ from e2e.workload import (
     SIDE_PORT,
     Pod,
     add_reach,
+    api_service,
     apply,
     new_namespace,
     pods_of,
@@ -181,7 +182,6 @@ def _outsider(pod: Pod, nodes: list[str]) -> Source:
 def _places(stage: Stage, nodes: list[str]) -> list[Place]:
     """What no pod with model code may reach, and cluster DNS, which it may."""
     kubectl = stage.kubectl
-    service = kubectl.get("--namespace=default", "service", "kubernetes")["spec"]
     [endpoint] = kubectl.get("--namespace=default", "endpoints", "kubernetes")["subsets"]
     dns = kubectl.get("--namespace=kube-system", "service", "kube-dns")["spec"]["clusterIP"]
     addresses = {
@@ -189,7 +189,7 @@ def _places(stage: Stage, nodes: list[str]) -> list[Place]:
     }
     return [
         Place(f"{dns}:53", "cluster DNS", allowed=True),
-        Place(f"{service['clusterIP']}:443", "API server, Service"),
+        Place(api_service(kubectl), "API server, Service"),
         Place(f"{endpoint['addresses'][0]['ip']}:{endpoint['ports'][0]['port']}", "API server, endpoint"),
         *(Place(f"{addresses[one]}:10250", f"kubelet of {one}") for one in nodes),
         *(Place(f"{stage.attackers[f'beside-{one}'].ip}:{PORT}", f"pod beside it on {one}") for one in nodes),

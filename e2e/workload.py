@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from e2e import images
+from e2e.cluster.errors import TooLate
 from e2e.cluster.kubectl import Kubectl, KubectlError, kustomize
 
 T = TypeVar("T")
@@ -98,7 +99,7 @@ def until(look: Callable[[], T | None], what: str, seconds: float = 120.0) -> T:
     """Look until something is there.
 
     Raises:
-        AssertionError: Not within `seconds`; with the last error of kubectl, if that was the reason.
+        TooLate: Not within `seconds`; with the last error of kubectl, if that was the reason.
     """
     deadline = time.monotonic() + seconds
     while True:
@@ -110,7 +111,7 @@ def until(look: Callable[[], T | None], what: str, seconds: float = 120.0) -> T:
         if found is not None and found is not False:
             return found
         if time.monotonic() > deadline:
-            raise AssertionError(f"not seen within {seconds:.0f} s: {what}{refused}")
+            raise TooLate(f"not seen within {seconds:.0f} s: {what}{refused}")
         time.sleep(0.2)
 
 
@@ -279,21 +280,27 @@ def until_resource_ready(
     """Wait until a SecureVLLMDeployment is Ready, or has another condition.
 
     Raises:
-        AssertionError: Not in time; with every condition and its message.
+        TooLate: With every condition and its message.
     """
     what = "securevllmdeployment"
     try:
         _wait(kubectl, namespace, kind, [f"{what}/{name}"], seconds)
-    except KubectlError as error:
+    except TooLate as error:
         found = kubectl.get(f"--namespace={namespace}", what, name).get("status", {}).get("conditions") or ()
         lines = [f"{one['type']} {one['status']} {one['reason']}: {one['message']}" for one in found]
-        raise AssertionError("\n".join([str(error), *lines])) from error
+        raise TooLate("\n".join([str(error), *lines])) from error
 
 
 def secret(kubectl: Kubectl, namespace: str, name: str) -> dict[str, str]:
     """Read the data of a Secret, decoded."""
     data: dict[str, str] = kubectl.get(f"--namespace={namespace}", "secret", name)["data"]
     return {key: base64.b64decode(value).decode() for key, value in data.items()}
+
+
+def api_service(kubectl: Kubectl) -> str:
+    """Address and port of the API server's Service, as pods find it."""
+    spec = kubectl.get("--namespace=default", "service", "kubernetes")["spec"]
+    return f"{spec['clusterIP']}:{spec['ports'][0]['port']}"
 
 
 def pods_of(kubectl: Kubectl, namespace: str, role: str) -> list[dict[str, Any]]:
@@ -319,10 +326,13 @@ def _wait(kubectl: Kubectl, namespace: str, kind: str, objects: Sequence[str], s
     """Wait for a condition by a watch: asking again and again would take from what is waited for.
 
     Raises:
-        KubectlError: Not in time.
+        TooLate: With the words of kubectl.
     """
     arguments = [f"--namespace={namespace}", f"--for=condition={kind}", f"--timeout={seconds:.0f}s"]
-    kubectl("wait", *arguments, *objects, timeout=seconds + 60)
+    try:
+        kubectl("wait", *arguments, *objects, timeout=seconds + 60)
+    except KubectlError as error:
+        raise TooLate(str(error)) from error
 
 
 def _pod(namespace: str, name: str, node: str, port: int, labels: Mapping[str, str]) -> dict[str, Any]:

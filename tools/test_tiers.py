@@ -5,10 +5,11 @@
 Without names, all but `e2e` (`make e2e`), whose nodes need root on Linux and half an hour of building, once. Every
 tier runs, also after a failed one. Output of a tier is in build/test/<tier>.log and is shown when it failed.
 The last line is `N passed, N failed, N skipped` over all tiers; a check (the linter, one coverage limit) counts as one.
-Tests on a real cluster wait for processes that share this machine with others: a few that fail are tried once more, by
-themselves, and what passes only then is named in the summary. Nothing else gets a second try.
-A tier that could not run is never a pass: it fails under CI=true or when it was named, and is one skip with a warning
-elsewhere.
+Tests on a real cluster wait for processes that share this machine with others: a few that only waited too long are
+tried once more, by themselves, and what passes only then is named in the summary. Nothing else gets a second try: a
+connection that should not have been is one too many.
+A tier that could not run, or of nodes that skipped every test, is never a pass: it fails under CI=true or when it was
+named, and is one skip with a warning elsewhere.
 Exit code: 0 nothing failed, 1 something did, 2 wrong usage, 130 interrupted.
 """
 
@@ -38,6 +39,8 @@ COVERAGE_LIMIT = 95
 """Percent of lines and branches."""
 SECOND_TRIES = 12
 """More failed tests than this are no accident. The tests of a file share an operator, and may fail together."""
+LATE = re.compile(r"\b(TooLate|TimeoutExpired)\b")
+"""Errors of a test that waited in vain, and saw nothing wrong."""
 
 TERMINAL = sys.stdout.isatty()
 PROGRESS_SECONDS = 0.5 if TERMINAL else 30.0
@@ -100,12 +103,15 @@ CHECKS: dict[str, Sequence[str]] = {
 class Result:
     """What came of a tier.
 
-    `skips` are reasons with their counts; `flaky` are tests that passed at the second try only; `missing` says why the
-    tier could not run; without `whole` it was cut off, and nothing is known of the tests that are not there.
+    `names` are the tests that passed, if they are known; `late` those that failed because they waited in vain; `skips`
+    are reasons with their counts; `flaky` are tests that passed at the second try only; `missing` says why the tier
+    could not run; without `whole` it was cut off, and nothing is known of the tests that are not there.
     """
 
     passed: int = 0
+    names: set[str] = field(default_factory=set)
     failures: list[str] = field(default_factory=list)
+    late: set[str] = field(default_factory=set)
     skips: Counter[str] = field(default_factory=Counter)
     flaky: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -191,13 +197,15 @@ def _pytest(tier: Tier) -> Result:
     workers = 0 if tier.cluster and os.environ.get("SVLLM_KUBECONFIG") else tier.workers
     several = [f"--numprocesses={workers}", *((f"--dist={tier.dist}",) if workers else ())]
     result = _pytest_once(tier, [*command, *several, *(("--cov", "--cov-report=") if tier.coverage else ())])
-    if tier.cluster and result.whole and 0 < result.failed <= SECOND_TRIES:
+    if tier.cluster and result.whole and 0 < result.failed <= SECOND_TRIES and result.late == {*result.failures}:
         _append(OUTPUT / f"{tier.name}.log", f"\n{tier.name}: second try of what failed\n")
         second = _pytest_once(tier, [*command, "--numprocesses=0", "--last-failed", "--last-failed-no-failures=none"])
         if second.whole:
-            result.flaky = [name for name in result.failures if name not in second.failures]
-            result.failures = second.failures
+            result.flaky = [name for name in result.failures if name in second.names]
+            result.failures = [name for name in result.failures if name not in second.names]
             result.passed += len(result.flaky)
+    if tier.nodes and result.skips and not (result.passed or result.failures):
+        result = Result(missing=next(iter(result.skips)))
     return result
 
 
@@ -230,18 +238,22 @@ def _coverage(tier: Tier, before: dict[str, Result]) -> Result:
 
 
 def _read_junit(report: Path) -> Result:
-    result = Result()
-    passed = set()
+    result, wrong = Result(), set()
     for case in ET.parse(report).iter("testcase"):  # noqa: S314 - our own pytest wrote it a moment ago
         name = f"{case.get('classname')}::{case.get('name')}"
-        if case.find("failure") is not None or case.find("error") is not None:
+        problems = [*case.iter("failure"), *case.iter("error")]
+        if problems:
             if name not in result.failures:
                 result.failures.append(name)
+            if not all(LATE.search(problem.get("message") or "") for problem in problems):
+                wrong.add(name)
         elif (skipped := case.find("skipped")) is not None:
             result.skips[skipped.get("message") or "no reason given"] += 1
         else:
-            passed.add(name)
-    result.passed = len(passed - set(result.failures))  # a test whose clean-up failed stands there twice
+            result.names.add(name)
+    result.names -= {*result.failures}  # a test whose clean-up failed stands there twice
+    result.passed = len(result.names)
+    result.late = {*result.failures} - wrong
     return result
 
 

@@ -154,8 +154,8 @@ def _next(tell: Teller, cluster: Cluster, name: str, *, keep: bool) -> None:
         ]
     else:
         lines = [
-            f"securevllm render -f {scenes.SAMPLE}   every object, without a cluster",
-            "kubectl apply -k manifests/install                      on a cluster of yours",
+            f".venv/bin/securevllm render -f {scenes.SAMPLE}   every object, without a cluster",
+            "docs/getting-started.md                                 on a cluster of yours",
             "make demo KEEP=1                                        the same, and it stays up for you to look at",
         ]
     tell.text("\n".join(lines))

@@ -17,7 +17,17 @@ from e2e.cluster import running
 from e2e.demo import scenes
 from e2e.demo.tell import Table
 from e2e.reach import OPEN, SILENT
-from e2e.workload import PORT, advertise_gpus, apply, install_operator, pods_of, policy, start_pods, workers
+from e2e.workload import (
+    PORT,
+    advertise_gpus,
+    api_service,
+    apply,
+    install_operator,
+    pods_of,
+    policy,
+    start_pods,
+    workers,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -29,7 +39,6 @@ if TYPE_CHECKING:
 
 ELSEWHERE = "elsewhere"
 OPENS = "opens-everything"
-API_SERVER = "10.96.0.1:443"
 
 _ALLOW_ALL = {"policyTypes": ["Ingress"], "podSelector": {}, "ingress": [{}]}
 
@@ -146,7 +155,7 @@ def _attack(service: Service, tell: Teller, people: People) -> None:
         f"{service.address('gateway')}:8443",
         people.client.ip,
     )
-    door = "the gateway: the one door"
+    door, api = "the gateway: the one door", api_service(service.kubectl)
     _dials(tell, people.attacker.name, people.attacker.reach, [
         (engine, "vLLM's API", SILENT),
         (f"{service.name}-engine.{service.namespace}.svc:8000", "the same, by its Service", SILENT),
@@ -157,10 +166,10 @@ def _attack(service: Service, tell: Teller, people: People) -> None:
         (engine, "vLLM's API", SILENT),
         (gateway, door, SILENT),
         (f"{another}:{PORT}", "control: another pod", OPEN),
-        (API_SERVER, "control: the Kubernetes API", OPEN),
+        (api, "control: the Kubernetes API", OPEN),
     ])  # fmt: skip
     _dials(tell, "the engine, taken over", lambda targets: _from_engine(service, targets), [
-        (API_SERVER, "the Kubernetes API", SILENT),
+        (api, "the Kubernetes API", SILENT),
         (f"{another}:{PORT}", "a pod beside it", SILENT),
         (gateway, "its own gateway", SILENT),
     ])  # fmt: skip
@@ -225,8 +234,8 @@ def _next(tell: Teller, cluster: Cluster, service: Service, *, keep: bool) -> No
         ]
     else:
         lines = [
-            f"securevllm explain -f {scenes.SAMPLE}   who may talk to whom, and why",
-            "kubectl apply -k manifests/install                       on a cluster of yours",
+            f".venv/bin/securevllm explain -f {scenes.SAMPLE}   who may talk to whom, and why",
+            "docs/getting-started.md                                  on a cluster of yours",
             "make demo KEEP=1                                         the same, and it stays up for you to look at",
             "make e2e                                                 every attack that is tested, as tables",
         ]

@@ -16,6 +16,7 @@ import httpx
 from kubernetes.client import Configuration
 from kubernetes.config import load_kube_config
 
+from e2e.cluster.errors import TooLate
 from securevllm.api.kinds import Kind, KubeObject, Ref
 
 Result = TypeVar("Result")
@@ -162,19 +163,20 @@ def eventually(check: Callable[[], Result], seconds: float = 15.0, pause: float 
     """Call ``check`` until it gives something true, and give that; for ``PATIENCE`` times ``seconds`` at most.
 
     Raises:
-        AssertionError: not in time; the last one that ``check`` raised, or what it gave instead.
+        TooLate: with the last error that ``check`` raised, or what it gave instead.
     """
     deadline = monotonic() + seconds * PATIENCE
     while True:
         try:
             result = check()
-        except AssertionError:
+        except AssertionError as error:
             if monotonic() > deadline:
-                raise
+                raise TooLate(f"after {seconds * PATIENCE:.0f} s: {error}") from error
         else:
             if result:
                 return result
-            assert monotonic() < deadline, f"after {seconds * PATIENCE:.0f} s it still gave {result!r}"
+            if monotonic() > deadline:
+                raise TooLate(f"after {seconds * PATIENCE:.0f} s it still gave {result!r}")
         sleep(pause)
 
 

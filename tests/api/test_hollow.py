@@ -18,6 +18,7 @@ import pytest
 from kubernetes import client, config
 
 from e2e.cluster import Cluster, ClusterError, daemon, dns, environment, runners, running, volumes
+from e2e.cluster.errors import TooLate
 from e2e.cluster.hollow import HollowNode, hollow_node
 from e2e.cluster.runners import ContainerStart, Launch, Outcome
 from tests.api.kube import PATIENCE
@@ -36,7 +37,8 @@ def eventually(check: Callable[[], Any], seconds: float = 20.0) -> Any:
                 return last
         except (OSError, client.ApiException, AssertionError, LookupError) as error:
             last = error
-        assert time.monotonic() < deadline, f"not within {seconds * PATIENCE} s: {last!r}"
+        if time.monotonic() > deadline:
+            raise TooLate(f"not within {seconds * PATIENCE} s: {last!r}")
         time.sleep(0.05)
 
 

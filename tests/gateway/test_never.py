@@ -62,7 +62,8 @@ def gateway(tmp_path_factory: pytest.TempPathFactory, certificate: tuple[str, st
 @pytest.mark.parametrize("spell", SPELLINGS.values(), ids=SPELLINGS.keys())
 def test_no_spelling_reaches_the_engine(gateway: Gateway, spell: Spelling) -> None:
     gateway.engine.clear()
-    paths = [path for path in map(spell, NEVER) if path.isascii() and " " not in path]
+    paths = [path for path in map(spell, NEVER) if " " not in path]
+    assert len(paths) > 30
     with wire.Client(gateway.port) as client:
         for path in paths:
             for method in METHODS:

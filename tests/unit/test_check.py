@@ -347,7 +347,6 @@ def test_flags_open_sockets(args: tuple[str, ...], env: dict[str, str], sockets:
     inner = {one.socket.name for one in only(checked(deployment(*args))).seen.listening if one.socket.inner}
     assert sockets <= inner
     assert ("nccl" in inner) == bool(inner & {"nccl", "torch-distributed", "data-parallel-rpc", "ray-gcs"})
-    assert len(args) > 0 or inner == {"gloo"}
 
 
 def test_gloo_alone_is_not_as_bad_as_what_takes_pickle() -> None:

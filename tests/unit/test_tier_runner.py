@@ -25,7 +25,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
     monkeypatch.setenv("PYTEST_ADDOPTS", "-p xdist")
 
     def running(
-        names: list[str] | None = None, *, cluster: str = "", seconds: int = 60, **tiers: str
+        names: list[str] | None = None, *, cluster: str = "", nodes: str = "", seconds: int = 60, **tiers: str
     ) -> tuple[int, list[str]]:
         for name, text in tiers.items():
             folder = tmp_path / "tests" / name
@@ -34,7 +34,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFi
         monkeypatch.setattr(
             runner,
             "TIERS",
-            tuple(runner.Tier(name, name, workers=0, seconds=seconds, cluster=name == cluster) for name in tiers),
+            tuple(
+                runner.Tier(name, name, workers=0, seconds=seconds, cluster=name == cluster, nodes=name == nodes)
+                for name in tiers
+            ),
         )
         code = runner.main(names or [])
         return code, capfd.readouterr().out.splitlines()
@@ -74,13 +77,23 @@ def test_a_tier_without_a_test_fails(run: Run, text: str) -> None:
 
 ONCE = """
 from pathlib import Path
-def test_a(): pass
-def test_b():
+class TooLate(AssertionError): pass
+def first():
     seen = Path(__file__).with_name("seen")
     again = seen.exists()
     seen.touch()
-    assert again, "the first time"
+    return not again
+def test_a(): pass
+def test_b():
+    if first():
+        raise TooLate("the first time")
 """
+SKIPPED_LATER = """
+    import pytest
+    if not first():
+        pytest.skip("gone")
+    else:"""
+LATE = "class TooLate(AssertionError): pass\ndef test_late(): raise TooLate('never')\n"
 
 
 def test_what_fails_on_a_cluster_is_tried_once_more_and_told(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,13 +106,32 @@ def test_what_fails_on_a_cluster_is_tried_once_more_and_told(run: Run, monkeypat
 
 
 @pytest.mark.parametrize(
-    "text", [FAILS, "".join(FAILS.replace("_a", f"_{i}") for i in range(runner.SECOND_TRIES + 1)) + PASSES]
+    ("text", "last"),
+    [
+        (LATE, "0 passed, 1 failed, 0 skipped"),
+        (
+            "".join(LATE.replace("_late", f"_{i}") for i in range(runner.SECOND_TRIES + 1)) + PASSES,
+            f"2 passed, {runner.SECOND_TRIES + 1} failed, 0 skipped",
+        ),
+        (ONCE.replace("raise TooLate(", "raise AssertionError("), "1 passed, 1 failed, 0 skipped"),
+        (ONCE + FAILS.replace("_a", "_c"), "1 passed, 2 failed, 0 skipped"),
+        (ONCE.replace("    if first():", SKIPPED_LATER), "1 passed, 1 failed, 0 skipped"),
+    ],
+    ids=["again", "too many", "not late: something was wrong", "one of them was wrong", "skipped at the second try"],
 )
-def test_the_second_try_does_not_hide_a_failure(run: Run, monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+def test_the_second_try_does_not_hide_a_failure(
+    run: Run, monkeypatch: pytest.MonkeyPatch, text: str, last: str
+) -> None:
     monkeypatch.setattr(runner, "_start_build", lambda _what: None)
     code, lines = run(cluster="api", api=text)
-    assert (code, lines[-1]) == (1, f"{text.count('pass')} passed, {text.count('1 == 2')} failed, 0 skipped")
+    assert (code, lines[-1]) == (1, last)
     assert not any("SECOND TRY" in line for line in lines)
+
+
+def test_real_nodes_that_skip_every_test_could_not_run(run: Run) -> None:
+    code, lines = run(["e2e"], nodes="e2e", e2e=SKIPS)
+    assert (code, lines[-1]) == (1, "0 passed, 1 failed, 0 skipped")
+    assert any("could not run" in line and "no envoy" in line for line in lines)
 
 
 def test_a_test_without_a_cluster_has_one_try(run: Run) -> None:

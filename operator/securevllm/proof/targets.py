@@ -20,7 +20,7 @@ PROBED = frozenset({*VLLM, Role.ROUTER})
 _STARTUP_ONLY = frozenset({"barrier"})
 """Sockets that are closed when a pod is Ready: refused would say nothing."""
 
-ASKED_AT_MOST = 24
+ASKED_AT_MOST = 64
 """Forbidden requests that one gateway is asked in a round."""
 
 _POSTS = 4
