@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
@@ -45,14 +46,25 @@ def _load(content: Data) -> _Pair:
     """A key pair. Raises ValueError when it is none."""
     if not content.get(CERTIFICATE) or not content.get(KEY):
         raise ValueError(f"{CERTIFICATE} or {KEY} is missing")
-    loaded = serialization.load_pem_private_key(content[KEY], password=None)
+    try:
+        loaded = serialization.load_pem_private_key(content[KEY], password=None)
+    except (TypeError, UnsupportedAlgorithm) as error:  # encrypted, or of a kind that is not known here
+        raise ValueError(f"{KEY} cannot be read: {error}") from error
     if not isinstance(loaded, ec.EllipticCurvePrivateKey):
         raise ValueError(f"{KEY} is not an EC key")  # noqa: TRY004 - the type of what a file holds is its value
-    certificate = x509.load_pem_x509_certificate(content[CERTIFICATE])
+    certificate = _certificate(content[CERTIFICATE])
     # A key that is not the certificate's would sign leaves that never verify, one more at every look.
     if certificate.public_key() != loaded.public_key():
         raise ValueError(f"{KEY} is not the key of {CERTIFICATE}")
     return _Pair(certificate, loaded)
+
+
+def _certificate(pem: bytes) -> x509.Certificate:
+    """The first certificate of a file that anybody may have written. Raises ValueError when there is none."""
+    try:
+        return x509.load_pem_x509_certificate(pem)
+    except x509.InvalidVersion as error:  # no ValueError
+        raise ValueError(str(error)) from error
 
 
 def token() -> str:
@@ -99,7 +111,7 @@ def leaf(current: Data | None, authority: Data, names: tuple[str, ...], now: dat
 
 def renewal(content: Data) -> datetime:
     """When the certificate is due."""
-    certificate = x509.load_pem_x509_certificate(content[CERTIFICATE])
+    certificate = _certificate(content[CERTIFICATE])
     begin, end = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     return begin + (end - begin) * _RENEW_AT
 
@@ -110,7 +122,7 @@ def expiry(content: Data) -> datetime:
     Raises:
         ValueError: there is none.
     """
-    return x509.load_pem_x509_certificate(content.get(CERTIFICATE, b"")).not_valid_after_utc
+    return _certificate(content.get(CERTIFICATE, b"")).not_valid_after_utc
 
 
 def _usable(current: Data, signer: _Pair, names: tuple[str, ...], now: datetime) -> bool:

@@ -27,7 +27,7 @@ from securevllm.errors import (
     NotFound,
     Unavailable,
 )
-from securevllm.render.meta import COMPONENT, HASH_ANNOTATION, MANAGED_BY, Object
+from securevllm.render.meta import COMPONENT, HASH_ANNOTATION, MANAGED_BY, Object, is_resource
 from securevllm.status import Failure
 
 if TYPE_CHECKING:
@@ -242,10 +242,10 @@ class Children:
             return
         if controller is not None and controller["uid"] == uid:
             return
-        if controller is not None and controller["kind"] == api.KIND:
+        if controller is not None and is_resource(controller):
             raise Unavailable(
-                f"{live['kind']} {metadata['name']} belongs to a deleted {api.KIND}, and the garbage collector removes "
-                "it. If it stays, delete it",
+                f"{live['kind']} {metadata['name']} belongs to a deleted {api.KIND} and is being removed; "
+                "if it stays, delete it",
                 reason=WAITING,
             )
         raise _foreign(live, controller)

@@ -119,16 +119,26 @@ class _Poll:
         return pause
 
 
+@dataclass(frozen=True)
+class _Heard:
+    """Versions that these engines have said they are: a gateway's answer is that of any one of them."""
+
+    engines: frozenset[tuple[str, ...]]
+    versions: frozenset[str]
+
+
 class ReadBack:
     """Which gateways serve the current files."""
 
     def __init__(self, kubernetes: Kubernetes, cache: Cache, gateways: Gateways) -> None:
         self._kubernetes, self._cache, self._gateways = kubernetes, cache, gateways
         self._polls: dict[tuple[str, str], _Poll] = {}
+        self._heard: dict[tuple[str, str], _Heard] = {}
 
     def forget(self, namespace: str, name: str) -> None:
-        """The resource is gone, or all is as it should be."""
+        """The resource is gone."""
         self._polls.pop((namespace, name), None)
+        self._heard.pop((namespace, name), None)
 
     async def look(self, owner: Owner, rendered: Rendered, engines: int) -> tuple[Facts, float | None]:
         """Ask, and nudge.
@@ -143,7 +153,7 @@ class ReadBack:
         """
         pods = [pod for pod in self._cache.all(POD, owner.namespace) if _running(pod, owner.selector(Role.GATEWAY))]
         if not pods:
-            self.forget(owner.namespace, owner.name)
+            self._polls.pop((owner.namespace, owner.name), None)
             return Facts(), None
         expected = readback.versions_of(rendered.served_files())
         addresses = [Pod(pod["metadata"]["name"], pod["status"]["podIP"]) for pod in pods]
@@ -159,19 +169,36 @@ class ReadBack:
             silent=tuple(sorted(name for name, served in answers.items() if served is None)),
             unconnected=tuple(sorted(name for name, served in answers.items() if served and not served.engines)),
         )
+        key = owner.namespace, owner.name
         if not found.silent and not any(stale.values()) and not (engines and found.unconnected):
-            self.forget(owner.namespace, owner.name)
+            self._polls.pop(key, None)
             if engines and rendered.topology.entry is Role.ENGINE:
-                found = replace(found, reported=tuple(sorted(await self._gateways.engine_versions(addresses, port))))
+                said = await self._gateways.engine_versions(addresses, port)
+                found = replace(found, reported=tuple(sorted(self._all_said(owner, said))))
             return found, None
         revision = rendered.revision()
         await asyncio.gather(*(self._nudge(pod, revision) for pod in pods if stale.get(pod["metadata"]["name"])))
         awaited = f"{revision} {engines}"
-        key = owner.namespace, owner.name
         poll = self._polls.get(key)
         if poll is None or poll.awaited != awaited:
             poll = self._polls[key] = _Poll(awaited)
         return found, poll.next()
+
+    def _all_said(self, owner: Owner, said: frozenset[str]) -> frozenset[str]:
+        """What the engines have said since the last of them started."""
+        selector = owner.selector(Role.ENGINE)
+        engines = frozenset(
+            (pod["metadata"]["uid"], one["name"], str(one.get("containerID")))
+            for pod in self._cache.all(POD, owner.namespace)
+            if _running(pod, selector)
+            for one in pod["status"].get("containerStatuses", ())
+        )
+        key = owner.namespace, owner.name
+        before = self._heard.get(key)
+        if before is not None and before.engines == engines:
+            said |= before.versions
+        self._heard[key] = _Heard(engines, said)
+        return said
 
     async def _nudge(self, pod: KubeObject, revision: str) -> None:
         if pod["metadata"].get("annotations", {}).get(REVISION_ANNOTATION) == revision:

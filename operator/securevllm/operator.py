@@ -39,7 +39,7 @@ from securevllm.proof.evidence import Evidences
 from securevllm.proof.others import Others
 from securevllm.proof.prober import Prober
 from securevllm.reconcile import Key, Reconciler, Told
-from securevllm.render.meta import DENY_NAME, INSTANCE, MANAGED_BY, SECRET_LABEL
+from securevllm.render.meta import DENY_NAME, INSTANCE, MANAGED_BY, SECRET_LABEL, is_resource
 from securevllm.store import Store, Watched
 from securevllm.watch import Watcher
 from securevllm.workqueue import WorkQueue
@@ -85,7 +85,7 @@ def controllers(obj: KubeObject) -> Iterator[str]:
     for reference in obj["metadata"].get("ownerReferences", ()):
         if reference.get("controller"):
             yield reference["uid"]
-            if reference["kind"] == api.KIND:
+            if is_resource(reference):
                 yield str(Ref(kinds.SECURE_VLLM_DEPLOYMENT, obj["metadata"]["namespace"], reference["name"]))
 
 
@@ -95,7 +95,7 @@ def keys_of(store: Store) -> Callable[[KubeObject], Iterator[Key]]:
     def keys(obj: KubeObject) -> Iterator[Key]:
         metadata = obj["metadata"]
         namespace, labels = metadata["namespace"], metadata.get("labels", {})
-        owners = [ref["name"] for ref in metadata.get("ownerReferences", ()) if ref["kind"] == api.KIND]
+        owners = [ref["name"] for ref in metadata.get("ownerReferences", ()) if is_resource(ref)]
         if obj["kind"] == api.KIND:
             yield Key(namespace, metadata["name"])
         elif owners:

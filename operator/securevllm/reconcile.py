@@ -57,7 +57,7 @@ _PRUNED_FIRST = frozenset({kinds.NETWORK_POLICY, kinds.JOB})
 _PRUNED = frozenset({kinds.DEPLOYMENT, kinds.SERVICE, kinds.POD_DISRUPTION_BUDGET})
 _PRUNED_LATE = frozenset({kinds.CONFIG_MAP, kinds.SECRET, kinds.SERVICE_ACCOUNT})
 """What pods refer to stays until no pod of an older template is left. Claims and generated Secrets stay for good."""
-_CLEARED = _PRUNED_FIRST | _PRUNED | _PRUNED_LATE | {kinds.STATEFUL_SET, kinds.POD}
+_CLEARED = _PRUNED_FIRST | _PRUNED | _PRUNED_LATE | {kinds.STATEFUL_SET}
 """What a deleted resource of the same name may leave: all but claims, which hold weights."""
 
 _OF_A_GROUP = (kinds.NETWORK_POLICY, kinds.SERVICE)

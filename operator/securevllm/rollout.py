@@ -82,7 +82,8 @@ def read_member(pod: KubeObject) -> Member:
         scheduled=bool(pod["spec"].get("nodeName")),
         started=bool(run or container.get("restartCount")),
         started_at=_unix(run.get("startedAt")),
-        ready=_holds(conditions, "ContainersReady") and _fit(ready),
+        # Of the engine alone: a group must not stop serving because nobody can count its requests (metrics sidecar).
+        ready=bool(container.get("ready")) and _fit(ready),
         ready_since=_unix(ready.get("lastTransitionTime")) if ready.get("status") == "True" else None,
         gone=_gone(metadata, status, conditions),
         restarted=_restarted(container, ended),
@@ -107,12 +108,12 @@ def _pair(labels: Mapping[str, str]) -> Pair:
 
 
 def _fit(ready: Mapping[str, str]) -> bool:
-    """Whether ``Ready`` says nothing against the pod but that its group is not whole.
+    """Whether ``Ready`` says nothing against the pod but that its group is not whole, or another container not ready.
 
-    The node controller sets it to False, and leaves the containers' conditions alone, when a node does not answer.
-    Kubelet's reason for a readiness gate: pkg/kubelet/status/generate.go.
+    The node controller sets it to False, and leaves the containers alone, when a node does not answer. Kubelet's
+    reasons for a readiness gate and for a container: pkg/kubelet/status/generate.go.
     """
-    return ready.get("status") == "True" or ready.get("reason") == "ReadinessGatesNotReady"
+    return ready.get("status") == "True" or ready.get("reason") in {"ReadinessGatesNotReady", "ContainersNotReady"}
 
 
 def _holds(conditions: Mapping[str, Mapping[str, str]], name: str) -> bool:

@@ -50,7 +50,12 @@ def test_a_new_leaf_is_a_server_certificate_for_the_names() -> None:
 def test_the_end_of_a_certificate_is_told_and_what_is_none_has_none() -> None:
     content = certs.leaf(None, certs.ca(None, "ca", BEGIN), NAMES, BEGIN)
     assert certs.expiry({CERTIFICATE: content[CERTIFICATE]}) == BEGIN + LEAF_LIFETIME
-    for wrong in ({}, {CERTIFICATE: b""}, {CERTIFICATE: b"no certificate"}):
+    der = leaf_of(content).public_bytes(serialization.Encoding.DER)
+    version = bytes.fromhex("a003020102")  # v3, in front of the serial number
+    assert der.count(version) == 1
+    body = base64.encodebytes(der.replace(version, version[:-1] + b"\x09"))
+    unknown = b"-----BEGIN CERTIFICATE-----\n" + body + b"-----END CERTIFICATE-----\n"
+    for wrong in ({}, {CERTIFICATE: b""}, {CERTIFICATE: b"no certificate"}, {CERTIFICATE: unknown}):
         with pytest.raises(ValueError, match=r"."):
             certs.expiry(wrong)
 
@@ -131,7 +136,15 @@ def rsa_key() -> bytes:
     )
 
 
-@pytest.mark.parametrize("broken", ["empty", "no certificate", "no key", "another key", "an RSA key", "no PEM"])
+def locked(key: bytes) -> bytes:
+    secret = serialization.BestAvailableEncryption(b"secret")
+    loaded = serialization.load_pem_private_key(key, None)
+    return loaded.private_bytes(serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, secret)
+
+
+@pytest.mark.parametrize(
+    "broken", ["empty", "no certificate", "no key", "another key", "an RSA key", "an encrypted key", "no PEM"]
+)
 def test_a_ca_that_is_no_key_pair_is_an_error_and_is_not_replaced(broken: str) -> None:
     good = certs.ca(None, "ca", BEGIN)
     contents: dict[str, Data] = {
@@ -140,6 +153,7 @@ def test_a_ca_that_is_no_key_pair_is_an_error_and_is_not_replaced(broken: str) -
         "no key": {CERTIFICATE: good[CERTIFICATE], KEY: b""},
         "another key": {**good, KEY: certs.ca(None, "ca", BEGIN)[KEY]},
         "an RSA key": {**good, KEY: rsa_key()},
+        "an encrypted key": {**good, KEY: locked(good[KEY])},
         "no PEM": {CERTIFICATE: b"x", KEY: b"y"},
     }
     with pytest.raises(ValueError, match=r".+"):

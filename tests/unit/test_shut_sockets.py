@@ -58,6 +58,8 @@ def names(peers: dict[str, Any], place: Place, kind: str = "metrics") -> set[str
         ({"namespaceSelector": {"matchExpressions": [NOT_HERE]}}, False, True),
         # Some network plugins read a range as pods, too.
         ({"cidrs": ["10.0.0.0/8"]}, True, True),
+        ({"cidrs": ["10.244.1.0/24"]}, True, True),  # of another node than the engine's; the place may be there
+        ({"cidrs": ["0.0.0.0/0"]}, True, True),
         ({"cidrs": ["203.0.113.0/24", "fd00::/8"]}, False, False),
     ],
 )  # fmt: skip

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 from securevllm import catalogue, netpol
+from securevllm.api import addresses
 from securevllm.context import CidrPeer
 from securevllm.render.meta import GROUP_LABEL, ROLE_LABEL
 from securevllm.topology import VLLM, Inbound, Role, Topology
@@ -142,11 +143,13 @@ def left_out(topology: Topology, found: Iterable[Endpoint], places: Mapping[str,
 def _may(peer: Peer, place: Place, address: str) -> bool:
     """Whether a peer may be at a place; what is not known of it counts as yes."""
     if isinstance(peer, CidrPeer):
-        # Some network plugins read a range as pods, too. Pods of a cluster have addresses like those of its engines.
-        there = ipaddress.ip_address(address)
-        return there in ipaddress.ip_network(peer.cidr) and not any(
-            there in ipaddress.ip_network(cidr) for cidr in peer.excluded
-        )
+        # Some network plugins read a range as pods, too. Pods have addresses like those of the engines, but every node
+        # has a range of its own: one that is not public may be that of the place, though the engine is not in it.
+        there, network = ipaddress.ip_address(address), ipaddress.ip_network(peer.cidr)
+        if there.version != network.version:
+            return False
+        excluded = any(there in ipaddress.ip_network(cidr) for cidr in peer.excluded)
+        return not addresses.is_public(network) or (there in network and not excluded)
     name = {netpol.NAMESPACE_NAME_LABEL: place.namespace} if place.namespace is not None else {}
     home = place.beside if peer.namespaces is None else _selects(peer.namespaces, name, exact=False)
     return home and (peer.pods is None or _selects(peer.pods, place.labels, exact=place.exact))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,6 +126,11 @@ class Owner:
             "controller": True,
             "blockOwnerDeletion": True,
         }
+
+
+def is_resource(reference: Mapping[str, Any]) -> bool:
+    """Whether an owner reference names a resource of ours, in any version; other groups may use the kind."""
+    return bool(reference["kind"] == api.KIND and reference["apiVersion"].partition("/")[0] == api.GROUP)
 
 
 def stamp(obj: Object) -> Object:

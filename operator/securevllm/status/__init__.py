@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -64,7 +65,7 @@ _VERSION_LIMIT = 64
 def _running(facts: Facts, previous: Mapping[str, Any]) -> str:
     """What engines say that they are; what they said stays while nobody can be asked and nothing else is claimed."""
     if facts.served.reported:
-        return ", ".join(facts.served.reported)[:_VERSION_LIMIT]
+        return textwrap.shorten(", ".join(facts.served.reported), _VERSION_LIMIT, placeholder=" ...")
     same = previous.get("vllmVersion") == facts.version and facts.engine is not None and facts.engine.ready
     return str(previous.get("runningVersion") or "") if same else ""
 
