@@ -84,6 +84,7 @@ e2e: setup ## tests on a cluster with real nodes and a policy engine; tables of 
 
 .PHONY: e2e-vllm
 e2e-vllm: setup ## the real vLLM with a tiny model and no GPU, as processes and in pods; 2 GB of packages, once
+	@$(BIN)/python -c 'import sys; from e2e.real_vllm.packages import missing; sys.exit(missing() or None)'
 	@$(BIN)/python tools/test_tiers.py vllm
 
 .PHONY: e2e-soak

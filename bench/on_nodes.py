@@ -17,7 +17,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from bench import in_pod
 from bench.report import Measured
@@ -103,12 +103,9 @@ def _awaited(look: Callable[[], T | None], pause: float = 0.1) -> T:
     """Look until something is there.
 
     Raises:
-        AssertionError: Not in time.
+        TooLate: Not in time.
     """
-    found = eventually(look, _PATIENCE, pause)
-    if found is None:
-        raise AssertionError
-    return found
+    return cast("T", eventually(look, _PATIENCE, pause))
 
 
 @dataclass

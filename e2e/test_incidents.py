@@ -24,7 +24,9 @@ from e2e.cluster import binaries
 from e2e.conftest import ARTEFACTS
 from e2e.reach import OPEN, SILENT
 from e2e.workload import (
+    ALLOW_INGRESS,
     OPERATOR,
+    PORT,
     Pod,
     apply,
     new_namespace,
@@ -46,7 +48,6 @@ STRICT = "strict"
 TOLD = ("told-0", "told-1", "told-2")
 EVERY = (STRICT, *TOLD)
 ENGINE_PORT = 8000
-ALLOW_INGRESS = {"policyTypes": ["Ingress"], "podSelector": {}, "ingress": [{}]}
 LAPSE = "nothing enforces policies any more"
 SOON = 60.0
 """A lapse is told within so many seconds."""
@@ -127,8 +128,10 @@ class Scene:
         return dial
 
     def attack(self, answer: str) -> dict[Pod, dict[str, str]]:
-        """Cells: every attacker, every engine."""
-        return {pod: dict.fromkeys(self.engines.values(), answer) for pod in self.attackers}
+        """Cells: every attacker, every engine; and that the attackers of the other namespace have a network at all."""
+        control = {f"{self.client.ip}:{PORT}": OPEN}
+        cells = {pod: dict.fromkeys(self.engines.values(), answer) for pod in self.attackers}
+        return {pod: targets if pod == self.client else targets | control for pod, targets in cells.items()}
 
 
 @dataclass

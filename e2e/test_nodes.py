@@ -10,6 +10,7 @@ import yaml
 from e2e import images
 from e2e.reach import OPEN, SILENT
 from e2e.workload import (
+    ALLOW_INGRESS,
     PORT,
     apply,
     condition,
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
     from e2e.workload import Cells, Pod
 
 DENY = {"policyTypes": ["Ingress", "Egress"], "podSelector": {"matchLabels": {"app": "guarded"}}}
-ALLOW_INGRESS = {"policyTypes": ["Ingress"], "podSelector": {}, "ingress": [{}]}
 
 
 @pytest.fixture

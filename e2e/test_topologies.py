@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -44,8 +45,8 @@ from e2e.workload import (
     api_service,
     apply,
     new_namespace,
+    opened,
     pods_of,
-    policy,
     secret,
     start_pods,
     until,
@@ -53,7 +54,7 @@ from e2e.workload import (
 )
 from securevllm.api.parse import parse
 from securevllm.context import Context
-from securevllm.render.meta import Owner
+from securevllm.render.meta import RESOURCE_LABEL, Owner
 from securevllm.topology import Role, Topology, plan
 from tests.property.world import Member, World
 
@@ -82,15 +83,8 @@ READER = "kv-index"
 """Label of the pod that the sample of KV events lets read them."""
 GATEWAY_PORT, NODE_PORT = 8443, 17070
 READY_SECONDS = 420.0
-RESOURCE = "securevllm.io/resource"
-BORROWED = (RESOURCE, "securevllm.io/role", "securevllm.io/group")
+BORROWED = (RESOURCE_LABEL, "securevllm.io/role", "securevllm.io/group")
 
-OPEN_EVERYTHING = {
-    "podSelector": {"matchExpressions": [{"key": RESOURCE, "operator": "Exists"}]},
-    "policyTypes": ["Ingress", "Egress"],
-    "ingress": [{}],
-    "egress": [{}],
-}
 CHAT = {"messages": [{"role": "user", "content": "hi"}]}
 
 
@@ -254,11 +248,11 @@ def found(stage: Stage) -> Found:
     """Let everybody connect to everything, once."""
     kubectl, namespace = stage.kubectl, stage.namespace
     members: dict[str, list[tuple[Member, Pod]]] = {}
-    pods = kubectl.get(f"--namespace={namespace}", "pods", f"--selector={RESOURCE}")["items"]
+    pods = kubectl.get(f"--namespace={namespace}", "pods", f"--selector={RESOURCE_LABEL}")["items"]
     for item in kubectl.get(f"--namespace={namespace}", "securevllmdeployments")["items"]:
         owner = Owner(item["metadata"]["name"], namespace, item["metadata"]["uid"])
         topology = plan(parse(owner.name, item["spec"]).spec, Context())
-        own = [pod for pod in pods if pod["metadata"]["labels"][RESOURCE] == owner.label]
+        own = [pod for pod in pods if pod["metadata"]["labels"][RESOURCE_LABEL] == owner.label]
         with ThreadPoolExecutor(max_workers=4) as pool:
             members[owner.name] = list(pool.map(lambda pod, o=owner, t=topology: _member(stage, pod, o, t), own))
     everybody = [member for one in members.values() for member, _ in one]
@@ -375,27 +369,14 @@ def _group(cell: Cell) -> str:
     return cell.source.member.group if cell.source.member else ""
 
 
-@contextmanager
-def opened(stage: Stage, canary: Cell) -> Iterator[None]:
-    """Let everybody reach every pod of ours and be reached; shut again at the end."""
-    kubectl = stage.kubectl
-    apply(kubectl, policy("open-everything", stage.namespace, OPEN_EVERYTHING))
-
-    def look() -> str:
-        return canary.source.dialler.reach([str(canary.target)])[str(canary.target)]
-
-    try:
-        until(lambda: look() == OPEN, "the policy that opens everything is enforced", seconds=300)
-        yield
-    finally:
-        kubectl("delete", f"--namespace={stage.namespace}", "networkpolicy", "open-everything")
-        until(lambda: look() != OPEN, "everything is shut again", seconds=300)
+def _reaches(cell: Cell) -> bool:
+    return cell.source.dialler.reach([str(cell.target)])[str(cell.target)] == OPEN
 
 
 def test_without_the_policies_every_blocked_connection_succeeds(stage: Stage, found: Found) -> None:
     blocked = [cell for cell in found.all() if not cell.wanted]
     canary = next(cell for cell in blocked if cell.kind == "another namespace")
-    with opened(stage, canary):
+    with opened(stage.kubectl, stage.namespace, partial(_reaches, canary)):
         # Every endpoint has programs of its own: what is not open yet is tried again.
         dial(blocked, control=True)
     for name in TOPOLOGIES:
@@ -486,7 +467,7 @@ def test_with_the_admission_policies_labels_cannot_be_borrowed(
         [again] = [
             pod
             for pod in pods_of(kubectl, namespace, "engine")
-            if pod["metadata"]["labels"][RESOURCE] == labels[RESOURCE]
+            if pod["metadata"]["labels"][RESOURCE_LABEL] == labels[RESOURCE_LABEL]
         ]
         assert again["metadata"]["name"] != lent.pod.name
     finally:

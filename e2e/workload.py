@@ -16,6 +16,7 @@ from typing import Any, Protocol, TypeVar
 from e2e import images
 from e2e.cluster.errors import TooLate
 from e2e.cluster.kubectl import Kubectl, KubectlError, kustomize
+from securevllm.render.meta import RESOURCE_LABEL
 
 T = TypeVar("T")
 
@@ -95,6 +96,18 @@ class Pod:
         return ["exec", f"--namespace={self.namespace}", self.name, *container, *options]
 
 
+ALLOW_INGRESS: dict[str, Any] = {"policyTypes": ["Ingress"], "podSelector": {}, "ingress": [{}]}
+"""Opens every pod of a namespace to everybody."""
+
+OPEN_EVERYTHING: dict[str, Any] = {
+    "podSelector": {"matchExpressions": [{"key": RESOURCE_LABEL, "operator": "Exists"}]},
+    "policyTypes": ["Ingress", "Egress"],
+    "ingress": [{}],
+    "egress": [{}],
+}
+"""Opens every pod of ours to everybody, and lets it reach everything: what is blocked without it has to be open."""
+
+
 def until(look: Callable[[], T | None], what: str, seconds: float = 120.0) -> T:
     """Look until something is there.
 
@@ -113,6 +126,18 @@ def until(look: Callable[[], T | None], what: str, seconds: float = 120.0) -> T:
         if time.monotonic() > deadline:
             raise TooLate(f"not seen within {seconds:.0f} s: {what}{refused}")
         time.sleep(0.2)
+
+
+@contextmanager
+def opened(kubectl: Kubectl, namespace: str, look: Callable[[], bool]) -> Iterator[None]:
+    """Open all pods of ours in a namespace, shut again at the end; `look` tells whether it is enforced by now."""
+    apply(kubectl, policy("open-everything", namespace, OPEN_EVERYTHING))
+    try:
+        until(look, "the policy that opens everything is enforced", seconds=300)
+        yield
+    finally:
+        kubectl("delete", f"--namespace={namespace}", "networkpolicy", "open-everything")
+        until(lambda: not look(), "everything is shut again", seconds=300)
 
 
 def reach_all(wanted: Mapping[Pod, Sequence[str]]) -> dict[Pod, dict[str, str]]:
@@ -174,6 +199,12 @@ def new_namespace(kubectl: Kubectl, prefix: str = "test", **labels: str) -> Iter
         yield name
     finally:
         kubectl("delete", "namespace", name, "--wait=false")
+
+
+def engines_of(kubectl: Kubectl, namespace: str, name: str) -> list[dict[str, Any]]:
+    """Return the pods of a resource that run vLLM behind one API: heads first, then the others of their groups."""
+    pods = [pod for role in ("engine", "engine-worker") for pod in pods_of(kubectl, namespace, role)]
+    return [pod for pod in pods if pod["metadata"]["labels"]["app.kubernetes.io/instance"] == name]
 
 
 def start_pods(

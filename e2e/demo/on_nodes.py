@@ -18,6 +18,7 @@ from e2e.demo import scenes
 from e2e.demo.tell import Table
 from e2e.reach import OPEN, SILENT
 from e2e.workload import (
+    ALLOW_INGRESS,
     PORT,
     advertise_gpus,
     api_service,
@@ -39,8 +40,6 @@ if TYPE_CHECKING:
 
 ELSEWHERE = "elsewhere"
 OPENS = "opens-everything"
-
-_ALLOW_ALL = {"policyTypes": ["Ingress"], "podSelector": {}, "ingress": [{}]}
 
 
 def show(stack: ExitStack, tell: Teller, *, keep: bool) -> None:
@@ -90,7 +89,7 @@ def play(service: Service, tell: Teller, elsewhere: str) -> None:
     scenes.policy_deleted(service, tell)
 
     tell.step("Somebody adds a NetworkPolicy that lets everybody in")
-    apply(service.kubectl, policy(OPENS, service.namespace, _ALLOW_ALL))
+    apply(service.kubectl, policy(OPENS, service.namespace, ALLOW_INGRESS))
     try:
         conditions.until("Isolated", "False")
         _open(service, tell, people)

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,14 +128,13 @@ def serve_arguments(seen: Seen) -> tuple[str, ...]:
 
 
 @contextmanager
-def running(folder: Path, address: str, *flags: str, env: Mapping[str, str] | None = None) -> Iterator[RealVllm]:
+def running(folder: Path, address: str, *flags: str) -> Iterator[RealVllm]:
     """Run ``vllm serve`` for the length of a `with` block; it is not healthy yet.
 
     Args:
         folder: where its model and its log are.
         address: its own, a loopback address.
         flags: beside `FLAGS` and the address.
-        env: beside the addresses, and what the operator sets.
     """
     model.write(folder / "model")
     log = folder / f"vllm-{address}.log"
@@ -153,7 +152,6 @@ def running(folder: Path, address: str, *flags: str, env: Mapping[str, str] | No
         "VLLM_API_KEY": KEY,
         "VLLM_HOST_IP": address,
         "GLOO_SOCKET_IFNAME": "lo",
-        **(env or {}),
     }
     with log.open("wb") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL, env=own)

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import base64
 import inspect
+import ipaddress
 import json
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -22,7 +23,17 @@ from e2e.listening import Seen
 from e2e.reach import OPEN, SILENT
 from e2e.real_vllm import image, packages
 from e2e.real_vllm.process import FLAGS, NAME, serve_arguments
-from e2e.workload import Pod, apply, new_namespace, pods_of, secret, start_pods, until, until_resource_ready
+from e2e.workload import (
+    Pod,
+    apply,
+    engines_of,
+    new_namespace,
+    opened,
+    pods_of,
+    secret,
+    start_pods,
+    until_resource_ready,
+)
 from tests.gateway import attacks, attacks_h2
 
 if TYPE_CHECKING:
@@ -40,7 +51,7 @@ _ACCESS = re.compile(r'"([A-Z]+) (\S+) HTTP/[\d.]+" (\d{3})')
 
 
 @pytest.fixture(scope="module", autouse=True)
-def real_image(request: pytest.FixtureRequest, cluster: Cluster) -> None:
+def real_image(request: pytest.FixtureRequest) -> None:
     """Run the operator on nodes that have the image of the real vLLM, or skip with the reason."""
     if reason := packages.missing():
         pytest.skip(reason)
@@ -52,6 +63,7 @@ def real_image(request: pytest.FixtureRequest, cluster: Cluster) -> None:
     made = image.real()
     made.prepare(tell)
     tell(f"loading {made.name}")
+    cluster: Cluster = request.getfixturevalue("cluster")
     cluster.load_images([made])
     request.getfixturevalue("operator")
 
@@ -110,24 +122,23 @@ def test_one_pod_answers_through_its_gateway(kubectl: Kubectl, place: str, clien
 
 
 def test_each_socket_of_one_pod_is_explained(kubectl: Kubectl, place: str, alone: str) -> None:
-    [head] = _members(kubectl, place, alone)
+    [head] = engines_of(kubectl, place, alone)
     _assert_explained(kubectl, head, {"api", "gloo"})
 
 
 def test_nobody_else_reaches_a_socket_of_it(
     kubectl: Kubectl, place: str, client: Pod, alone: str, cells: Cells
 ) -> None:
-    [head] = _members(kubectl, place, alone)
-    targets = [f"{head['status']['podIP']}:{found.port}" for found in _seen(kubectl, head).listeners]
-    assert len(targets) > 1, "the API and Gloo's random ports"
-    cells.check("real vLLM", {client: dict.fromkeys(targets, SILENT)})
+    members = engines_of(kubectl, place, alone)
+    assert len(members) == 1
+    _assert_shut(kubectl, client, members, cells)
     gateway = pods_of(kubectl, place, "gateway")[0]["status"]["podIP"]
-    cells.check("control: the gateway", {client: {f"{gateway}:{PORT}": OPEN}})
+    cells.check("the one door", {client: {f"{gateway}:{PORT}": OPEN}})
 
 
 def test_the_attack_corpus_finds_nothing(kubectl: Kubectl, place: str, client: Pod, alone: str) -> None:
     h1, h2 = attacks.h1_attacks(), attacks_h2.h2_attacks()
-    [head] = _members(kubectl, place, alone)
+    [head] = engines_of(kubectl, place, alone)
     before = _requests(kubectl, head)
     wanted = [(attack, "http/1.1") for attack in h1] + [(attack, "h2") for attack in h2]
     payloads = [
@@ -169,23 +180,15 @@ def test_two_pods_answer_through_their_gateway(kubectl: Kubectl, place: str, cli
 def test_each_socket_of_two_pods_is_explained_and_shut_to_others(
     kubectl: Kubectl, place: str, client: Pod, pair: str, cells: Cells
 ) -> None:
-    head, worker = _members(kubectl, place, pair)
+    head, worker = engines_of(kubectl, place, pair)
     _assert_explained(kubectl, head, {"api", "torch-distributed", "gloo", "message-queue"})
     _assert_explained(kubectl, worker, {"gloo", "message-queue"})
-    for member in (head, worker):
-        address = member["status"]["podIP"]
-        targets = [f"{address}:{found.port}" for found in _seen(kubectl, member).listeners]
-        cells.check(member["metadata"]["name"], {client: dict.fromkeys(targets, SILENT)})
+    _assert_shut(kubectl, client, (head, worker), cells)
 
 
 def test_isolation_of_the_real_one_is_measured(kubectl: Kubectl, place: str, alone: str, pair: str) -> None:
     for name in (alone, pair):
-
-        def isolated(name: str = name) -> bool | None:
-            found = kubectl.get(f"--namespace={place}", "securevllmdeployment", name)["status"]["conditions"]
-            return next((one["status"] == "True" for one in found if one["type"] == "Isolated"), None) or None
-
-        until(isolated, f"{name} is Isolated", 600)
+        until_resource_ready(kubectl, place, name, 600, kind="Isolated")
 
 
 def _resource(name: str, namespace: str, **spec: Any) -> dict[str, Any]:
@@ -217,12 +220,6 @@ def _resource(name: str, namespace: str, **spec: Any) -> dict[str, Any]:
     }
 
 
-def _members(kubectl: Kubectl, namespace: str, name: str) -> list[dict[str, Any]]:
-    """Pods of a resource that run vLLM, the head first."""
-    pods = [pod for role in ("engine", "engine-worker") for pod in pods_of(kubectl, namespace, role)]
-    return [pod for pod in pods if pod["metadata"]["labels"]["securevllm.io/resource"].startswith(f"{name}-")]
-
-
 def _seen(kubectl: Kubectl, pod: Mapping[str, Any]) -> Seen:
     """Look from inside of a pod's engine container."""
     where = (f"--namespace={pod['metadata']['namespace']}", pod["metadata"]["name"], "--container=vllm")
@@ -237,6 +234,21 @@ def _assert_explained(kubectl: Kubectl, pod: Mapping[str, Any], there: set[str])
     _keep(f"sockets of the real vLLM, pod {pod['metadata']['name']}", shown)
     assert all(explained.values()), shown
     assert {name for names in explained.values() for name in names} >= there, shown
+
+
+def _assert_shut(kubectl: Kubectl, client: Pod, pods: Sequence[Mapping[str, Any]], cells: Cells) -> None:
+    """A pod beside them reaches no TCP socket of theirs, and every one without the policies."""
+    sockets = [
+        f"{pod['status']['podIP']}:{found.port}"
+        for pod in pods
+        for found in _seen(kubectl, pod).listeners
+        if found.protocol == "TCP" and not ipaddress.ip_address(found.address).is_loopback
+    ]
+    assert len(sockets) > len(pods), "an API, and what torch opens"
+    cells.check("policies", {client: dict.fromkeys(sockets, SILENT)})
+    [first, *_] = sockets
+    with opened(kubectl, client.namespace, lambda: client.reach([first])[first] == OPEN):
+        cells.check("control: no policies", {client: dict.fromkeys(sockets, OPEN)})
 
 
 def _assert_serves(client: Pod, namespace: str, name: str, authority: str, key: str) -> None:

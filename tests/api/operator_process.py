@@ -27,6 +27,7 @@ from tests.api.kube import PATIENCE, Kube, Refused, eventually
 
 if TYPE_CHECKING:
     from e2e.cluster import Cluster
+    from tests.api.audit import Audit
 
 ROOT = Path(__file__).parents[2]
 INSTALL = ROOT / "manifests" / "install"
@@ -306,6 +307,28 @@ def settled(kube: Kube, ref: Ref, seconds: float = 20.0) -> KubeObject:
         return obj
 
     return eventually(there, seconds)
+
+
+def total(metrics: str, name: str, label: str = "") -> float:
+    """Sum of a counter over all label sets that contain this label."""
+    lines = [line for line in metrics.splitlines() if line.startswith(f"{name}{{") and label in line]
+    return sum(float(line.rpartition(" ")[2]) for line in lines)
+
+
+def caught_up(operator: OperatorProcess, audit: Audit, since: str, resources: int, seconds: float = 150.0) -> None:
+    """Wait until a new leader has reconciled so many resources, and then writes nothing for a while."""
+
+    def looked() -> bool:
+        metrics = operator.get("/metrics")[1]
+        return total(metrics, "securevllm_reconcile_total", 'result="success"') >= resources
+
+    def writes_nothing() -> bool:
+        before = len(audit.writes(since, user=USER))
+        sleep(3)
+        return len(audit.writes(since, user=USER)) == before
+
+    eventually(looked, seconds, pause=0.5)
+    eventually(writes_nothing, seconds)
 
 
 def quiet(kube: Kube, ref: Ref, seconds: float = 1.0) -> KubeObject:

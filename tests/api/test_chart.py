@@ -13,7 +13,6 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from time import sleep
 from typing import Any
 
 import pytest
@@ -29,9 +28,9 @@ from tests.api.audit import Audit, now
 from tests.api.kube import Kube, eventually
 from tests.api.operator_process import (
     ROOT,
-    USER,
     OperatorProcess,
     await_condition,
+    caught_up,
     new_namespace,
     resource,
     token,
@@ -208,7 +207,7 @@ def test_install_upgrade_rollback_uninstall_with_resources_that_run(
         deployment = kube.get(Ref(kinds.DEPLOYMENT, NAME, NAME))
         assert deployment["spec"]["template"]["spec"]["containers"][0]["image"].startswith(f"{IMAGE}:")
         with operator("second") as second:
-            settle(cluster, since)
+            caught_up(second, Audit(cluster), since, RESOURCES)
             assert pods(kube, "llm") == before
             assert passwords(kube) == secrets
             eventually(lambda: engines_ready(kube) == RESOURCES, 600)
@@ -218,7 +217,7 @@ def test_install_upgrade_rollback_uninstall_with_resources_that_run(
         run("rollback", NAME, "1", *wait)
         assert not is_newest(kube)
         with operator("third", previous) as third:
-            settle(cluster, since)
+            caught_up(third, Audit(cluster), since, RESOURCES)
             assert pods(kube, "llm") == before
             assert passwords(kube) == secrets
             eventually(lambda: engines_ready(kube) == RESOURCES, 600)
@@ -253,17 +252,6 @@ def engines_ready(kube: Kube) -> int:
     found = kube.list(kinds.SECURE_VLLM_DEPLOYMENT, "llm")
     conditions = [item for obj in found for item in obj.get("status", {}).get("conditions", ())]
     return sum(item["type"] == "EnginesReady" and item["status"] == "True" for item in conditions)
-
-
-def settle(cluster: Cluster, since: str) -> None:
-    """Let a new leader look at everything: it lists all, reconciles all, and then writes nothing for a while."""
-
-    def quiet() -> bool:
-        before = len(Audit(cluster).writes(since, user=USER))
-        sleep(3)
-        return len(Audit(cluster).writes(since, user=USER)) == before
-
-    eventually(quiet, 600)
 
 
 # -------------------------------------------------------------------------------------------------------- helm test

@@ -10,7 +10,7 @@ from securevllm.api import kinds
 from securevllm.api.kinds import Ref
 from tests.api.kube import Kube, Refused, eventually
 from tests.api.lab import as_rendered
-from tests.api.operator_process import OPERATOR_NAMESPACE, SERVICE_ACCOUNT, new_namespace, resource
+from tests.api.operator_process import OPERATOR_NAMESPACE, SERVICE_ACCOUNT, new_namespace, resource, total
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -56,12 +56,6 @@ def works(lab: Lab, path: Path) -> bool:
         return True
     finally:
         client.close()
-
-
-def total(metrics: str, name: str, label: str) -> float:
-    """Sum of a counter over all label sets that contain this label."""
-    lines = [line for line in metrics.splitlines() if line.startswith(f"{name}{{") and label in line]
-    return sum(float(line.rpartition(" ")[2]) for line in lines)
 
 
 @pytest.mark.slow

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from contextlib import closing
 from pathlib import Path
-from time import sleep
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,7 +15,15 @@ from securevllm.api.kinds import KubeObject, Ref
 from tests.api import older
 from tests.api.audit import Audit, now
 from tests.api.kube import Kube, eventually
-from tests.api.operator_process import INSTALL, USER, OperatorProcess, await_condition, install, new_namespace, resource
+from tests.api.operator_process import (
+    INSTALL,
+    OperatorProcess,
+    await_condition,
+    caught_up,
+    install,
+    new_namespace,
+    resource,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -85,15 +92,9 @@ def engines_ready(kube: Kube, namespace: str) -> bool:
     return True
 
 
-def settle(cluster: Cluster, kube: Kube, namespace: str, since: str) -> None:
-    """Wait until a new leader has looked at everything, and writes nothing more."""
-
-    def quiet() -> bool:
-        before = len(Audit(cluster).writes(since, user=USER))
-        sleep(3)
-        return len(Audit(cluster).writes(since, user=USER)) == before
-
-    eventually(quiet, SECONDS)
+def settle(process: OperatorProcess, cluster: Cluster, kube: Kube, namespace: str, since: str) -> None:
+    """Wait until a new leader has looked at everything, writes nothing more, and says that engines are ready."""
+    caught_up(process, Audit(cluster), since, COUNT)
     eventually(lambda: engines_ready(kube, namespace), SECONDS)
 
 
@@ -130,14 +131,14 @@ def test_twenty_models_of_the_first_release_keep_their_pods_through_upgrade_and_
             since = now()
             with old("old") as process:
                 eventually(lambda: len(pods(kube, namespace)) >= 2 * COUNT, SECONDS, pause=0.5)
-                settle(cluster, kube, namespace, since)
+                settle(process, cluster, kube, namespace, since)
                 assert process.stop() == 0
             before, secrets = pods(kube, namespace), passwords(kube, namespace)
 
             since = now()
             install(kube, INSTALL)
             with new("new") as process:
-                settle(cluster, kube, namespace, since)
+                settle(process, cluster, kube, namespace, since)
                 assert pods(kube, namespace) == before
                 assert passwords(kube, namespace).items() >= secrets.items()
                 assert {name: "engine" in what for name, what in outdated(kube, namespace).items()} == dict.fromkeys(
@@ -149,7 +150,7 @@ def test_twenty_models_of_the_first_release_keep_their_pods_through_upgrade_and_
             since = now()
             install(kube, first_release / "manifests" / "install")
             with old("rolled-back") as process:
-                settle(cluster, kube, namespace, since)
+                settle(process, cluster, kube, namespace, since)
                 assert pods(kube, namespace) == before
                 assert passwords(kube, namespace).items() >= secrets.items()
                 assert outdated(kube, namespace) == {name: [] for name in names}
@@ -158,7 +159,7 @@ def test_twenty_models_of_the_first_release_keep_their_pods_through_upgrade_and_
             since = now()
             install(kube, INSTALL)
             with new("again") as process:
-                settle(cluster, kube, namespace, since)
+                settle(process, cluster, kube, namespace, since)
                 assert pods(kube, namespace) == before
                 # One spec changes: its own engine rolls, and has the gate then. The gateway is not concerned.
                 ref = Ref(kinds.SECURE_VLLM_DEPLOYMENT, namespace, CHANGED)
