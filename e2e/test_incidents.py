@@ -1,7 +1,7 @@
 """Incidents on real nodes: what lapses, how soon the status says so, what mode Enforce does, how soon it is mended.
 
 One resource in mode Enforce that is measured every 10 s, and others in mode Report with the default, where every engine
-is tried once in 30 s. All times are in build/e2e/incidents.txt.
+is tried once in 20 s. All times are in build/e2e/incidents.txt.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Measures isolation, round after round, for as long as this process leads. Edge.
 
-Two tiers. Every 30 s one port of each group is tried from the operator, which shows a lapse. Every interval all named
+Two tiers. Every 20 s one port of each group is tried from the operator, which shows a lapse. Every interval all named
 ports are tried and the gateways are asked for forbidden routes. What shows that silence means isolation needs canary
 pods; those are made when something has changed, when the last verdict is not True (with growing pauses), and every few
 hours.
@@ -65,7 +65,7 @@ HELD_BACK = (
     " lets them through is in docs/status.md#nocontrol."
 )
 
-CHEAP_SECONDS = 30.0
+CHEAP_SECONDS = 20.0
 CANARY_SECONDS = 6 * 3600.0
 """Between two measurements with canary pods while nothing changes."""
 _CHANGE_SECONDS = 5.0
