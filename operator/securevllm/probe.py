@@ -29,7 +29,7 @@ from securevllm.proof import report
 from securevllm.proof.canaries import Canaries
 from securevllm.proof.dial import dial
 from securevllm.proof.foreign import holding
-from securevllm.proof.measure import Answers, Point, beside_listeners, canary_place, canary_point, sampled
+from securevllm.proof.measure import Answers, Point, attempts, beside_listeners, canary_place, canary_point, sampled
 from securevllm.proof.prober import HELD_BACK
 from securevllm.proof.report import Report
 from securevllm.proof.targets import LIMITS, Endpoint, Place, endpoints, left_out
@@ -68,7 +68,7 @@ class Wanted:
         names: of resources; empty: all of the namespace.
         vantages: further namespaces to try from.
         image: of the canary pods; None: the one that the gates of the engines run.
-        wait: seconds to wait for a Ready engine, or with ``status`` for a fresh True.
+        wait: seconds to wait for a Ready engine, or with ``status`` for a verdict of the operator.
         status: tell what the operator measured; measure nothing.
     """
 
@@ -251,30 +251,25 @@ class _Measurement:
         topology = plan(accepted.spec, Context())
         pods = await self._pods(topology, suspended=accepted.spec.suspend)
         found = endpoints(topology, pods)
-        limits = (*LIMITS, *left_out(topology, found, self._places(accepted)))
-        vantages = (report.SAME_NAMESPACE, *map(report.other_namespace, self._elsewhere))
-        base = Round(
+        places = self._places(accepted)
+        seen = Round(
             questions=(),
             targets=len({item.pod for item in found}),
-            limits=limits,
+            limits=(*LIMITS, *left_out(topology, found, places)),
             complete=True,
-            vantages=vantages,
+            vantages=tuple(places),
+            wanted=attempts(topology, found, places),
         )
-        seen = base
         if found:
             nodes = len({item.node for item in found})
-            self._tell(f"{base.targets} Ready pods on {nodes} node{'s'[: nodes != 1]}, {len(found)} sockets to try")
+            self._tell(f"{seen.targets} Ready pods on {nodes} node{'s'[: nodes != 1]}, {len(found)} sockets to try")
             async with self._watched() as cache:
                 rounds = [
                     await self._round(accepted, topology, part, self._image(pods), cache)
                     for part in report.parts(found, _TARGETS, _NODES)
                 ]
-            lacking = await self._holding(rounds)
-            seen = replace(
-                report.merged([replace(one, questions=(), targets=base.targets, limits=limits, vantages=vantages)
-                               for one in rounds])
-            )  # fmt: skip
-            seen = replace(seen, lacking=(*seen.lacking, *lacking))
+            held_back = Round(lacking=tuple(await self._holding(rounds)), complete=True)
+            seen = report.merged([seen, *rounds, held_back])
         proof = judge(seen, None) if found or not accepted.spec.suspend else report.SUSPENDED
         if proof.status != "Unknown":
             proof = replace(proof, verified_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))

@@ -21,7 +21,7 @@ from securevllm.api import kinds
 from securevllm.api.kinds import KubeObject, Ref
 from securevllm.api.parse import parse
 from securevllm.cluster import Listing
-from securevllm.errors import ApiError, Forbidden, NotFound, OperatorError
+from securevllm.errors import Forbidden, NotFound, OperatorError
 from securevllm.probe import Wanted, probe
 from securevllm.proof import canary as program
 from securevllm.proof.dial import Listener, accepting
@@ -47,10 +47,13 @@ def net(number: int) -> str:
 class World:
     """A cluster in memory: what `securevllm probe` asks of it."""
 
-    def __init__(self, *, engines: int = 1, spec: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, *, engines: int = 1, nodes: int = 1, spec: Mapping[str, Any] | None = None) -> None:
         self.objects: dict[Ref, KubeObject] = {}
         self.denied: set[tuple[str, str]] = set()
-        self.refused: ApiError | None = None
+        self.refuses: Callable[[KubeObject], bool] = lambda _: False
+        """Which pods a quota forbids."""
+        self.unable: set[str] = set()
+        """Addresses to which canary pods could not even try to connect."""
         self.deaf: set[str] = set()
         """Namespaces whose pods reach nothing: a default-deny of a tenant."""
         self.open: set[str] = set()
@@ -62,7 +65,7 @@ class World:
         self._next = 100
         self.add(self.resource(dict(spec or SPEC)))
         for number in range(engines):
-            self.add(self.engine(number))
+            self.add(self.engine(number, f"n{number % nodes + 1}"))
 
     @staticmethod
     def resource(spec: dict[str, Any], **status: Any) -> KubeObject:
@@ -73,7 +76,7 @@ class World:
         }  # fmt: skip
 
     @staticmethod
-    def engine(number: int) -> KubeObject:
+    def engine(number: int, node: str = "n1") -> KubeObject:
         return {
             "apiVersion": "v1",
             "kind": "Pod",
@@ -83,7 +86,7 @@ class World:
                 "uid": f"pod-{number}",
                 "labels": OWNER.pod_labels("engine"),
             },
-            "spec": {"nodeName": "n1", "initContainers": [{"name": "gate", "image": "mirror.example/operator:1"}]},
+            "spec": {"nodeName": node, "initContainers": [{"name": "gate", "image": "mirror.example/operator:1"}]},
             "status": {
                 "podIPs": [{"ip": net(number + 1)}],
                 "conditions": [{"type": "Ready", "status": "True"}],
@@ -122,8 +125,8 @@ class World:
         return (namespace, verb) not in self.denied
 
     async def create(self, obj: KubeObject) -> KubeObject:
-        if self.refused is not None:
-            raise self.refused
+        if self.refuses(obj):
+            raise Forbidden("create Pod: 403 exceeded quota: full", status=403)
         await asyncio.sleep(0.01)
         name, namespace = obj["metadata"]["name"], obj["metadata"]["namespace"]
         made = obj | {
@@ -152,6 +155,8 @@ class World:
             answers = dict.fromkeys(answers, Reach.SILENT)
         elif namespace not in self.open:
             answers = {key: Reach.SILENT if key.startswith("e") else reach for key, reach in answers.items()}
+        lost = {item.key for item in config.targets if item.address in self.unable}
+        answers |= dict.fromkeys(lost, Reach.NO_ATTEMPT)
         ended = {"terminated": {"exitCode": 0, "message": dump_answers(answers)}}
         pod["status"] |= {"phase": "Succeeded", "containerStatuses": [{"state": ended}]}
 
@@ -286,7 +291,7 @@ async def test_missing_rights_are_all_named_before_a_pod_is_made() -> None:
 
 async def test_pods_that_a_quota_refuses_are_told() -> None:
     async with World() as world:
-        world.refused = Forbidden("create Pod: 403 exceeded quota: full", status=403)
+        world.refuses = lambda _: True
         report = await measure(world)
     assert (report.exit_code, report.proof.reason) == (2, "NoControl")
     assert "exceeded quota: full" in report.proof.message
@@ -344,6 +349,78 @@ async def test_many_targets_take_several_rounds_and_all_are_shown(monkeypatch: p
     assert (report.exit_code, "of 5 of 5 pods" in report.proof.message) == (0, True)
     assert len(cells(report)) == 10
     assert len(world.made) == 3 * 2
+
+
+def program_of(pod: KubeObject) -> str:
+    """``listen`` or ``probe``."""
+    return str(pod["spec"]["containers"][0]["args"][1])
+
+
+def no_listener_on_the_second_node(world: World) -> None:
+    world.refuses = lambda pod: program_of(pod) == "listen" and "n2" in str(pod["spec"]["affinity"])
+
+
+def prober_of(pod: KubeObject) -> str:
+    """The namespace that it tries from; empty: it is none."""
+    return str(pod["metadata"]["namespace"]) if program_of(pod) == "probe" else ""
+
+
+def no_prober_in_the_second_part(world: World) -> None:
+    world.refuses = lambda pod: prober_of(pod) == "llm" and "llm" in map(prober_of, world.made)
+
+
+def no_prober_elsewhere_in_the_second_part(world: World) -> None:
+    world.refuses = lambda pod: prober_of(pod) == "team-b" and "team-b" in map(prober_of, world.made)
+
+
+def no_attempt(world: World) -> None:
+    world.unable.add(net(2))
+
+
+def another_pod_meanwhile(world: World) -> None:
+    def replaces(pod: KubeObject) -> bool:
+        if prober_of(pod):
+            old = world.engine(1, "n2")
+            world.add(old | {"metadata": old["metadata"] | {"uid": "another"}})
+        return False
+
+    world.refuses = replaces
+
+
+@pytest.mark.parametrize(
+    ("trouble", "vantage"),
+    [
+        (no_listener_on_the_second_node, SAME),
+        (no_prober_in_the_second_part, SAME),
+        (no_prober_elsewhere_in_the_second_part, "a canary pod of namespace team-b"),
+        (no_attempt, SAME),
+        (another_pod_meanwhile, SAME),
+    ],
+)
+async def test_what_was_not_tried_is_not_isolated(
+    monkeypatch: pytest.MonkeyPatch, trouble: Callable[[World], None], vantage: str
+) -> None:
+    """One engine is seen to be shut from everywhere; of the other one nobody knows."""
+    monkeypatch.setattr(edge, "_NODES", 1)
+    async with World(engines=2, nodes=2) as world:
+        trouble(world)
+        report = await measure(world, vantages=("team-b",))
+    assert (report.exit_code, report.proof.reason) == (2, "NotAllTried")
+    assert f"llama-engine-1 port 8000 ({net(2)}) from {vantage}" in report.proof.message
+    assert "of 4 attempts" in report.proof.message
+    assert "llama-engine-0" not in report.proof.message
+    assert world.left == []
+
+
+async def test_every_family_of_an_engine_has_to_be_tried() -> None:
+    async with World() as world:
+        (pod,) = (obj for ref, obj in world.objects.items() if ref.kind == kinds.POD)
+        pod["status"]["podIPs"].append({"ip": net(9)})
+        world.unable.add(net(9))
+        report = await measure(world)
+    assert (report.exit_code, report.proof.reason) == (2, "NotAllTried")
+    told = f"of 2 attempts 1 were not made, or their targets changed meanwhile: llama-engine-0 port 8000 ({net(9)})"
+    assert told in report.proof.message
 
 
 async def test_while_a_spec_is_refused_what_runs_is_measured() -> None:

@@ -45,6 +45,24 @@ TABLE: dict[str, tuple[Round, str, str, str]] = {
         "Measured",
         "The gateways refuse 2 forbidden requests.",
     ),
+    "what had to be tried and was not is not isolated": (
+        replace(GOOD, wanted=(sample().attempt, *(sample(pod=f"llama-{number}").attempt for number in range(1, 8)))),
+        "Unknown",
+        "NotAllTried",
+        "of 8 attempts 7 were not made, or their targets changed meanwhile: llama-1 port 8000",
+    ),
+    "all that had to be tried is shut": (
+        replace(GOOD, wanted=(sample(OPERATOR).attempt, sample(CANARY).attempt)),
+        "True",
+        "Measured",
+        "of 1 of 1 pods",
+    ),
+    "a breach is one, however much was not tried": (
+        replace(GOOD, samples=(OPENED,), wanted=(sample(CANARY, pod="llama-9").attempt,)),
+        "False",
+        "EngineReachable",
+        "llama-0",
+    ),
     "reachable from the operator": (
         replace(GOOD, samples=(OPENED, sample(CANARY))),
         "False",

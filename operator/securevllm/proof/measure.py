@@ -7,13 +7,13 @@ same vantage point reached the same port of the same node.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from securevllm.proof.canaries import Canaries, Refused
 from securevllm.proof.targets import Endpoint, Place, shut
-from securevllm.proof.verdict import Control, Round, Sample
+from securevllm.proof.verdict import Attempt, Control, Round, Sample
 from securevllm.proof.wire import BLOCKED, Reach, Target
 from securevllm.render import canary
 
@@ -97,9 +97,25 @@ def sampled(tried: Iterable[tuple[Endpoint, Reach]], vantage: str, after: Iterab
     """
     still = {*after}
     return tuple(
-        Sample(vantage, item.pod, item.node, item.port, item.socket, reach, steady=item in still)
+        Sample(vantage, item.pod, item.node, item.port, item.socket, reach, item in still, item.address)
         for item, reach in tried
         if reach is Reach.OPEN or reach in BLOCKED
+    )
+
+
+def attempts(topology: Topology, found: Iterable[Endpoint], places: Mapping[str, Place]) -> tuple[Attempt, ...]:
+    """What has to be tried before anybody may say that it is shut.
+
+    Args:
+        topology: what is allowed.
+        found: what must not be reached.
+        places: name of a vantage point to where it is.
+    """
+    here = [*found]
+    return tuple(
+        Attempt(vantage, item.pod, item.address, item.port)
+        for vantage, place in places.items()
+        for item in shut(topology, here, place)
     )
 
 

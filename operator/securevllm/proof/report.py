@@ -109,7 +109,7 @@ def rows(seen: Round, topology: Topology) -> tuple[Row, ...]:
 
 
 def merged(rounds: Sequence[Round]) -> Round:
-    """Several rounds over parts of the targets as one."""
+    """Several rounds over parts of the targets as one; what is not measured in parts is that of the first."""
     first = rounds[0]
     return Round(
         samples=tuple(item for one in rounds for item in one.samples),
@@ -120,6 +120,7 @@ def merged(rounds: Sequence[Round]) -> Round:
         limits=first.limits,
         complete=all(one.complete for one in rounds),
         vantages=first.vantages,
+        wanted=first.wanted,
     )
 
 

@@ -4,6 +4,7 @@
   "blocked". A target that was not Ready with the same address before and after says nothing.
 * Blocked counts only beside a positive control of the same round: the same vantage point reached something on the same
   node and port that it may reach. An egress deny at the source would look like isolation otherwise.
+* Where a round says what it had to try, all of it has to be blocked: what nobody tried is not isolated.
 * Reachable needs no control: it is a fact.
 """
 
@@ -23,6 +24,26 @@ class Vantage(StrEnum):
     CANARY = "a canary pod of the same namespace"
 
 
+@dataclass(frozen=True, order=True)
+class Attempt:
+    """What a round had to try.
+
+    Attributes:
+        vantage: from where.
+        pod: name of the target.
+        address: of the pod; each family is tried.
+        port: of the target.
+    """
+
+    vantage: str
+    pod: str
+    address: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"{self.pod} port {self.port} ({self.address}) from {self.vantage}"
+
+
 @dataclass(frozen=True)
 class Sample:
     """One attempt to reach what must not be reached.
@@ -35,6 +56,7 @@ class Sample:
         socket: name of the socket in the topology.
         reach: how it ended.
         steady: the target was Ready with the same address before and after.
+        address: of the pod, that was tried.
     """
 
     vantage: str
@@ -44,6 +66,12 @@ class Sample:
     socket: str
     reach: Reach
     steady: bool = True
+    address: str = ""
+
+    @property
+    def attempt(self) -> Attempt:
+        """What was to be tried, and was."""
+        return Attempt(self.vantage, self.pod, self.address, self.port)
 
 
 @dataclass(frozen=True)
@@ -99,6 +127,7 @@ class Round:
         limits: what is never measured, or is present and not evaluated; told with every verdict.
         complete: with canary pods: only such a round can say that something is isolated.
         vantages: from all of these something has to be tried.
+        wanted: all that had to be tried; empty: whatever was tried counts, and the verdict says how much that was.
     """
 
     samples: tuple[Sample, ...] = ()
@@ -109,6 +138,7 @@ class Round:
     limits: tuple[str, ...] = ()
     complete: bool = False
     vantages: tuple[str, ...] = tuple(Vantage)
+    wanted: tuple[Attempt, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -146,7 +176,7 @@ def judge(seen: Round, before: Proof | None) -> Proof:
     unclear = _unclear(seen)
     if unclear and before is not None and before.reason == "ForbiddenRouteOpen":
         return before  # a gateway without engines answers 503, which takes nothing back
-    return _uncontrolled(seen) or _not_asked(seen, unclear) or _isolated(seen)
+    return _uncontrolled(seen) or _untried(seen) or _not_asked(seen, unclear) or _isolated(seen)
 
 
 def _nothing(seen: Round) -> Proof | None:
@@ -200,7 +230,7 @@ def _unclear(seen: Round) -> list[str]:
 
 def _uncontrolled(seen: Round) -> Proof | None:
     reached = {(item.vantage, item.node, item.port) for item in seen.controls if item.reach is Reach.OPEN}
-    blocked = [item for item in seen.samples if item.steady and item.reach in BLOCKED]
+    blocked = _blocked(seen)
     bare = sorted({(item.vantage, item.node, item.port) for item in blocked} - reached)
     vantages = {item.vantage for item in blocked}
     if vantages >= {*seen.vantages} and not bare:
@@ -219,8 +249,28 @@ def _uncontrolled(seen: Round) -> Proof | None:
     )
 
 
+def _untried(seen: Round) -> Proof | None:
+    left = sorted({*seen.wanted} - {item.attempt for item in _blocked(seen)})
+    if not left:
+        return None
+    return Proof(
+        "Unknown",
+        "NotAllTried",
+        _join(
+            "Not measured completely: nothing was reached that must not be, but of"
+            f" {len(seen.wanted)} attempts {len(left)} were not made, or their targets changed meanwhile:"
+            f" {_some([*map(str, left)])}.",
+            *_reasons(seen),
+        ),
+    )
+
+
+def _blocked(seen: Round) -> list[Sample]:
+    return [item for item in seen.samples if item.steady and item.reach in BLOCKED]
+
+
 def _isolated(seen: Round) -> Proof:
-    blocked = [item for item in seen.samples if item.steady and item.reach in BLOCKED]
+    blocked = _blocked(seen)
     pods = {item.pod for item in blocked}
     nodes = {item.node for item in blocked}
     sockets = sorted({(item.port, item.socket) for item in blocked})
