@@ -557,8 +557,9 @@ def probe(  # noqa: PLR0917 - click gives one argument per option
     named port of every Ready engine and router is connected to; nothing is sent. What does not answer counts as blocked
     only when a listener on the same node and port did. The pods are removed at the end, also on Ctrl-C.
     \b
-    Rights: get the resource; create, list and delete pods in its namespace and in those of --from.
-    Exit codes: 0 all isolated, 1 something can be reached, 2 could not be measured, or wrong usage.
+    Rights: get the resource; create, list and delete pods in its namespace and in those of --from; get ConfigMaps where
+    the operator refuses the spec or has not looked at it: what was accepted before is in one.
+    Exit codes: 0 all isolated, 1 something can be reached, 2 could not be measured, or not all of it, or wrong usage.
     """  # noqa: D301 - click wants the character
     from securevllm import probe as edge  # noqa: PLC0415 - see the module's docstring
     from securevllm.live import user_login  # noqa: PLC0415 - see the module's docstring

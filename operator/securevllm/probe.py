@@ -291,19 +291,12 @@ class _Measurement:
         return canary.Maker(self._owner, accepted.spec, image, namespace, canary.PROBE_MANAGER)
 
     async def _accepted(self) -> tuple[Accepted, list[str]]:
-        """The spec that runs: this one, or when it was refused the one before."""
+        """The spec that runs: this one, or what was accepted before."""
         raw, notes = self._resource.get("spec", {}), []
-        conditions = {item["type"]: item["status"] for item in self._resource.get("status", {}).get("conditions", ())}
-        if conditions.get("Accepted") == "False":
-            ref = Ref(kinds.CONFIG_MAP, self._owner.namespace, kept.name(self._owner))
-            try:
-                raw = json.loads((await self._kubernetes.get(ref))["data"]["spec.json"])
-            except (NotFound, Forbidden, KeyError, ValueError) as error:
-                raise OperatorError(
-                    f"the operator refuses the spec of {self._owner.namespace}/{self._owner.name}, and what it accepted"
-                    f" before cannot be read ({error}): see its condition Accepted"
-                ) from error
-            notes = ["The operator refuses the present spec; what it accepted before runs, and was measured."]
+        if why := report.not_in_force(self._resource):
+            kept_spec = await self._kept(why)
+            if kept_spec is not None:
+                raw, notes = kept_spec, [f"{why}; what it accepted before runs, and was measured."]
         accepted = parse_accepted(raw)
         if accepted is None:
             raise OperatorError(
@@ -311,6 +304,25 @@ class _Measurement:
                 " own version of securevllm"
             )
         return accepted, notes
+
+    async def _kept(self, why: str) -> Any:
+        """What was accepted last; None: nothing yet, because no operator has looked at the resource.
+
+        Raises:
+            OperatorError: it cannot be read, so that nobody knows what runs.
+        """
+        ref = Ref(kinds.CONFIG_MAP, self._owner.namespace, kept.name(self._owner))
+        try:
+            return json.loads((await self._kubernetes.get(ref))["data"][kept.SPEC])
+        except Forbidden as error:
+            told = f"you may not read it: ask for the right to get ConfigMaps in namespace {ref.namespace} ({error})"
+        except (NotFound, KeyError, ValueError) as error:
+            if isinstance(error, NotFound) and not report.looked_at(self._resource):
+                return None
+            told = f"it cannot be read ({error})"
+        raise OperatorError(
+            f"{why}, and what it accepted before is in the ConfigMap {ref.name}, but {told}. See the condition Accepted"
+        )
 
     async def _live(self) -> list[KubeObject]:
         label = f"{RESOURCE_LABEL}={self._owner.label}"

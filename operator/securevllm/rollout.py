@@ -37,6 +37,7 @@ from securevllm.groups import (
     judge,
     plan,
 )
+from securevllm.render.engine import CONTAINER
 from securevllm.render.meta import EPOCH_LABEL, GROUP_LABEL, MEMBER_LABEL, TEMPLATE_LABEL, WHOLE_CONDITION, Owner
 from securevllm.status import Workload as Facts
 from securevllm.status import trouble
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
 
 log = structlog.stdlib.get_logger(__name__)
 
-CONTAINER = "vllm"
 ENGINE = Role.ENGINE.value
 """Component of failures: all groups are engines in the conditions."""
 

@@ -52,6 +52,8 @@ class World:
         self.denied: set[tuple[str, str]] = set()
         self.refuses: Callable[[KubeObject], bool] = lambda _: False
         """Which pods a quota forbids."""
+        self.unreadable: set[str] = set()
+        """Names of objects that may not be read."""
         self.unable: set[str] = set()
         """Addresses to which canary pods could not even try to connect."""
         self.deaf: set[str] = set()
@@ -105,6 +107,8 @@ class World:
     # ------------------------------------------------------------------------------------------- the Kubernetes API
 
     async def get(self, ref: Ref) -> KubeObject:
+        if ref.name in self.unreadable:
+            raise Forbidden(f"get {ref}: 403 forbidden", status=403)
         if ref not in self.objects:
             raise NotFound(f"get {ref}: 404 not found", status=404)
         return self.objects[ref]
@@ -423,21 +427,58 @@ async def test_every_family_of_an_engine_has_to_be_tried() -> None:
     assert told in report.proof.message
 
 
-async def test_while_a_spec_is_refused_what_runs_is_measured() -> None:
-    refused = {"type": "Accepted", "status": "False", "reason": "InvalidSpec", "message": "no"}
-    accepted = {
-        "apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "llama-accepted", "namespace": "llm"},
-        "data": {"spec.json": json.dumps(SPEC | {"ports": {"api": 8123}})},
-    }  # fmt: skip
+def accepted(spec: dict[str, Any]) -> KubeObject:
+    metadata = {"name": "llama-accepted", "namespace": "llm"}
+    return {"apiVersion": "v1", "kind": "ConfigMap", "metadata": metadata, "data": {"spec.json": json.dumps(spec)}}
+
+
+@pytest.mark.parametrize(
+    ("condition", "told"),
+    [
+        ({"status": "False", "observedGeneration": 1}, "refuses the present spec"),
+        # The operator is down: the spec says 8124, and on 8000 the engine listens.
+        ({"status": "True", "observedGeneration": 0}, "has not looked at the present spec"),
+        ({"status": "True"}, "has not looked at the present spec"),
+    ],
+)
+async def test_while_a_spec_is_not_in_force_what_runs_is_measured(condition: dict[str, Any], told: str) -> None:
+    refused = {"type": "Accepted", "reason": "InvalidSpec", "message": "no", **condition}
     async with World() as world:
         world.add(world.resource(SPEC | {"ports": {"api": 8124}}, conditions=[refused]))
         report = await measure(world)
         assert (report.exit_code, report.proof.reason) == (2, "CannotMeasure")
         assert "cannot be read" in report.proof.message
-        world.add(accepted)
+        world.add(accepted(SPEC | {"ports": {"api": 8123}}))
         report = await measure(world)
         assert {row.port for row in report.rows} == {8123}
-        assert any("refuses the present spec" in note for note in report.notes)
+        assert any(told in note for note in report.notes)
+        assert world.made != []
+
+
+@pytest.mark.parametrize("seen", [0, 1])
+async def test_a_port_that_only_the_spec_has_does_not_hide_the_one_that_is_open(seen: int) -> None:
+    """While no operator runs (0), or the engine's turn to be replaced has not come (1)."""
+    condition = {"type": "Accepted", "status": "True", "reason": "SpecAccepted", "observedGeneration": seen}
+    async with World() as world, Listener((accepting(net(1), 8000),)):
+        world.add(world.resource(SPEC | {"ports": {"api": 8124}}, conditions=[condition]))
+        world.add(accepted(SPEC))
+        (pod,) = (obj for ref, obj in world.objects.items() if ref.kind == kinds.POD)
+        pod["spec"]["containers"] = [{"name": "vllm", "ports": [{"name": "http", "containerPort": 8000}]}]
+        report = await measure(world)
+    assert (report.exit_code, report.proof.reason) == (1, "EngineReachable")
+    assert {row.port for row in report.rows} == {8000}
+
+
+async def test_what_was_accepted_and_may_not_be_read_names_the_right_and_the_others_are_measured() -> None:
+    condition = {"type": "Accepted", "status": "False", "reason": "InvalidSpec", "observedGeneration": 1}
+    async with World() as world:
+        other = world.resource(SPEC, conditions=[condition])
+        other["metadata"] |= {"name": "qwen", "uid": "2"}
+        world.add(other)
+        world.unreadable.add("qwen-accepted")
+        found = await probe(world, Wanted("llm"), print)  # type: ignore[arg-type]
+    assert [(item.name, item.proof.reason) for item in found] == [("llama", "Measured"), ("qwen", "CannotMeasure")]
+    assert "ask for the right to get ConfigMaps in namespace llm" in found[1].proof.message
 
 
 async def test_a_resource_that_is_not_there_is_an_error_with_the_way_to_find_it() -> None:

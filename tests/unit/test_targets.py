@@ -11,6 +11,7 @@ from securevllm.api import routes
 from securevllm.api.parse import parse
 from securevllm.context import Context
 from securevllm.proof.targets import ASKED_AT_MOST, Request, endpoints, is_ready, one_per_group, requests
+from securevllm.render import Observed, render
 from securevllm.render.meta import Owner
 from securevllm.topology import Topology, plan
 
@@ -43,6 +44,73 @@ def test_each_family_of_each_ready_engine_is_a_target_and_no_gateway() -> None:
         ("b", "10.0.0.1", 8000, "api", "n1"),
         ("b", "fd00::1", 8000, "api", "n1"),
     ]
+
+
+def started_as(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """A Ready pod of every template of a spec."""
+    rendered = render(OWNER, parse("llama", spec), Context(), Observed(seal_key=b"seal"))
+    pods = []
+    for obj in rendered.workloads:
+        template = obj["spec"]["template"]
+        metadata = {"name": obj["metadata"]["name"], "uid": "1", "labels": template["metadata"]["labels"]}
+        status = {"podIPs": [{"ip": "10.0.0.1"}], "conditions": [{"type": "Ready", "status": "True"}]}
+        pods.append({"metadata": metadata, "spec": template["spec"] | {"nodeName": "n1"}, "status": status})
+    return pods
+
+
+METRICS: dict[str, Any] = {"security": {"metrics": {"from": {"podSelector": {}}}}}
+SPLIT: dict[str, Any] = {
+    "disaggregation": {"connector": "nixl", "router": {"image": "registry.example/vllm-router:v0.1.17"}}
+}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "wanted"),
+    [
+        # Groups that wait for their turn, and all while no operator runs, listen on what they were started with.
+        ({}, {"ports": {"api": 8124}}, {("llama-engine", "api", 8000)}),
+        ({"ports": {"api": 8124}}, {}, {("llama-engine", "api", 8124)}),
+        (
+            METRICS,
+            METRICS | {"ports": {"api": 8124, "metrics": 9000}},
+            {("llama-engine", "api", 8000), ("llama-engine", "metrics", 9464)},
+        ),
+        # A sidecar of before is closed now; one that is not there yet does not listen.
+        (METRICS, {}, {("llama-engine", "api", 8000), ("llama-engine", "metrics", 9464)}),
+        ({}, METRICS, {("llama-engine", "api", 8000)}),
+        (
+            {"parallelism": {"tensor": 2, "nodes": 2}},
+            {"parallelism": {"tensor": 2, "nodes": 2}, "ports": {"api": 8124}},
+            {("llama-e0-0", "api", 8000), ("llama-e0-0", "torch-distributed", 29501)},
+        ),
+        (
+            SPLIT,
+            SPLIT | {"ports": {"api": 8124}},
+            {
+                ("llama-router", "api", 8090),
+                *((f"llama-{name}-0", "api", 8000) for name in ("p0", "d0")),
+                *((f"llama-{name}-0", "nixl-side-channel", 5600) for name in ("p0", "d0")),
+            },
+        ),
+        # Of a side that the topology does not know any more.
+        (SPLIT, {}, {("llama-router", "api", 8090), ("llama-p0-0", "api", 8000), ("llama-d0-0", "api", 8000)}),
+    ],
+)
+def test_what_a_pod_names_itself_is_where_it_listens(
+    before: dict[str, Any], after: dict[str, Any], wanted: set[tuple[str, str, int]]
+) -> None:
+    found = endpoints(topology(SPEC | after), started_as(SPEC | before))
+    assert {(item.pod, item.socket, item.port) for item in found} == wanted
+    assert len(found) == len(wanted)
+
+
+def test_what_others_put_beside_an_engine_says_nothing_of_it() -> None:
+    (stranger,) = (pod for pod in started_as(SPEC) if pod["metadata"]["name"] == "llama-engine")
+    stranger["spec"]["containers"] = [
+        {"name": "proxy", "ports": [{"name": "http", "containerPort": 15000}]},
+        *stranger["spec"]["containers"],
+    ]
+    assert [item.port for item in endpoints(topology(SPEC), [stranger])] == [8000]
 
 
 def test_a_pod_that_goes_or_says_nothing_is_not_known_to_listen() -> None:

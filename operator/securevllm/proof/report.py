@@ -148,13 +148,13 @@ def measured_by_operator(resource: Mapping[str, Any], now: datetime) -> Report:
     where = metadata["namespace"], metadata["name"]
     if resource.get("spec", {}).get("suspend") and not status.get("replicas"):
         return Report(*where, SUSPENDED)
-    found = next((item for item in status.get("conditions", ()) if item["type"] == "Isolated"), None)
+    found = _condition(resource, "Isolated")
     if found is None:
         told = "The status says nothing of isolation: no operator has looked at this resource yet."
         return Report(*where, Proof("Unknown", "NotMeasured", told))
     at = str(status.get("lastVerified", ""))
     proof = Proof(found["status"], found["reason"], found["message"], at)
-    if found.get("observedGeneration", 0) < metadata.get("generation", 0):
+    if _old(found, resource):
         told = f"The status is about an older spec. It said {proof.status}, {proof.reason}: {proof.message}"
         return Report(*where, Proof("Unknown", "OldGeneration", told, at))
     if proof.status == "True" and age(at, now) > FRESH:
@@ -164,6 +164,33 @@ def measured_by_operator(resource: Mapping[str, Any], now: datetime) -> Report:
         )
         return Report(*where, Proof("Unknown", "Stale", told, at))
     return Report(*where, proof)
+
+
+def not_in_force(resource: Mapping[str, Any]) -> str:
+    """Why what runs is not, or perhaps not, what the spec says now; empty: it is.
+
+    Args:
+        resource: the SecureVLLMDeployment.
+    """
+    found = _condition(resource, "Accepted")
+    if found is None or _old(found, resource):
+        return "The operator has not looked at the present spec"
+    return "" if found["status"] == "True" else "The operator refuses the present spec"
+
+
+def looked_at(resource: Mapping[str, Any]) -> bool:
+    """Whether an operator has ever judged the spec of a resource."""
+    return _condition(resource, "Accepted") is not None
+
+
+def _condition(resource: Mapping[str, Any], name: str) -> Mapping[str, Any] | None:
+    conditions = resource.get("status", {}).get("conditions", ())
+    return next((item for item in conditions if item["type"] == name), None)
+
+
+def _old(condition: Mapping[str, Any], resource: Mapping[str, Any]) -> bool:
+    """Whether a condition is about an earlier spec."""
+    return int(condition.get("observedGeneration", 0)) < int(resource["metadata"].get("generation", 0))
 
 
 def age(moment: str, now: datetime) -> timedelta:

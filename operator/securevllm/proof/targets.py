@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from securevllm import catalogue, netpol
 from securevllm.api import addresses
 from securevllm.context import CidrPeer
+from securevllm.render import engine, router, sidecar
 from securevllm.render.meta import GROUP_LABEL, ROLE_LABEL
 from securevllm.topology import VLLM, Inbound, Role, Topology
 
@@ -20,6 +21,13 @@ if TYPE_CHECKING:
 PROBED = frozenset({*VLLM, Role.ROUTER})
 _STARTUP_ONLY = frozenset({"barrier"})
 """Sockets that are closed when a pod is Ready: refused would say nothing."""
+
+_DECLARED = {
+    (engine.CONTAINER, engine.API_PORT): "api",
+    (router.ROLE, engine.API_PORT): "api",
+    (sidecar.NAME, sidecar.NAME): sidecar.SOCKET,
+}
+"""Sockets that pods themselves name: container and name of its port."""
 
 ASKED_AT_MOST = 64
 """Forbidden requests that one gateway is asked in a round."""
@@ -58,11 +66,11 @@ class Endpoint:
 
 def endpoints(topology: Topology, pods: Iterable[Mapping[str, Any]]) -> tuple[Endpoint, ...]:
     """Every named fixed TCP port of every Ready pod that runs model code or routes to it."""
-    ports: dict[str, dict[int, str]] = {}
+    ports: dict[str, dict[str, int]] = {}
     for socket in topology.sockets:
         if socket.role in PROBED and socket.protocol == "TCP" and socket.port and socket.name not in _STARTUP_ONLY:
             # Of a range (one port for each rank) the first is listened on by some pod only: the others would say less.
-            ports.setdefault(socket.role, {})[socket.port] = socket.name
+            ports.setdefault(socket.role, {})[socket.name] = socket.port
     return tuple(
         Endpoint(
             pod["metadata"]["name"],
@@ -76,8 +84,25 @@ def endpoints(topology: Topology, pods: Iterable[Mapping[str, Any]]) -> tuple[En
         for pod in sorted(pods, key=lambda item: str(item["metadata"]["name"]))
         if is_ready(pod)
         for address in pod["status"].get("podIPs", ())
-        for port, name in sorted(ports.get(pod["metadata"]["labels"].get(ROLE_LABEL, ""), {}).items())
+        for name, port in sorted(_listening(pod, ports).items(), key=lambda item: item[1])
     )
+
+
+def _listening(pod: Mapping[str, Any], ports: Mapping[str, Mapping[str, int]]) -> Mapping[str, int]:
+    """Ports of a pod by the names of their sockets.
+
+    A pod may be of an older template than the topology, and listen on what it was started with: what it names itself
+    counts, and of these sockets it has no others.
+    """
+    role = pod["metadata"]["labels"].get(ROLE_LABEL, "")
+    known = ports.get(role, {})
+    named = {
+        _DECLARED[container["name"], port.get("name", "")]: int(port["containerPort"])
+        for container in pod["spec"].get("containers", ())
+        for port in container.get("ports", ())
+        if role in PROBED and (container["name"], port.get("name", "")) in _DECLARED
+    }
+    return {name: port for name, port in known.items() if name not in _DECLARED.values()} | named if named else known
 
 
 def is_ready(pod: Mapping[str, Any]) -> bool:

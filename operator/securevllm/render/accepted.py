@@ -19,7 +19,9 @@ from typing import Any, Literal
 from securevllm.render.meta import Object, Owner, digest
 
 SUFFIX = "accepted"
-_SPEC, _PINS, _GROUPS, _SEAL = "spec.json", "templates.json", "groups.json", "seal"
+SPEC = "spec.json"
+"""Key of the accepted spec."""
+_PINS, _GROUPS, _SEAL = "templates.json", "groups.json", "seal"
 
 
 @dataclass(frozen=True)
@@ -93,7 +95,7 @@ def settle(
 def config_map(owner: Owner, kept: Kept, seal_key: bytes) -> Object:
     """The ConfigMap ``<name>-accepted``."""
     pins = {name: {"inputs": pin.inputs, "template": pin.template} for name, pin in kept.pins.items()}
-    data = {_SPEC: _text(kept.spec), _PINS: _text(pins)}
+    data = {SPEC: _text(kept.spec), _PINS: _text(pins)}
     if kept.groups:
         data[_GROUPS] = _text({name: asdict(memory) for name, memory in kept.groups.items()})
     data[_SEAL] = _seal(seal_key, owner.uid, *_sealed(data))
@@ -108,7 +110,7 @@ def read(owner: Owner, data: Mapping[str, str], seal_key: bytes) -> Kept | None:
     pins = {name: Pin(pin["inputs"], pin["template"]) for name, pin in json.loads(data[_PINS]).items()}
     remembered = json.loads(data.get(_GROUPS, "{}"))
     groups = {name: _memory(item) for name, item in remembered.items()}
-    return Kept(json.loads(data[_SPEC]), pins, groups)
+    return Kept(json.loads(data[SPEC]), pins, groups)
 
 
 def _memory(kept: Mapping[str, Any]) -> GroupMemory:
@@ -133,7 +135,7 @@ def _sealed(data: Mapping[str, str]) -> list[str]:
     Never add a part: after a rollback the older release would not find the seal valid, and what is not sealed counts as
     lost, so that every engine would get a new template. A new field goes into one of the parts.
     """
-    return [data.get(_SPEC, ""), data.get(_PINS, ""), *([data[_GROUPS]] if _GROUPS in data else [])]
+    return [data.get(SPEC, ""), data.get(_PINS, ""), *([data[_GROUPS]] if _GROUPS in data else [])]
 
 
 def _text(value: Any) -> str:

@@ -36,6 +36,11 @@ if TYPE_CHECKING:
 
 ROLE = Role.ENGINE.value
 
+CONTAINER = "vllm"
+"""Of the pods that run vLLM."""
+API_PORT = "http"
+"""Name of the container port of the socket ``api``; the router's has it, too."""
+
 KEY_SECRET = "engine-key"  # noqa: S105 - the suffix of a Secret's name
 KEY = "api-key"
 SEAL = "seal-key"
@@ -263,7 +268,7 @@ def template(process: Process, started_with: StartedWith) -> Object:
     volume = fetch.volume(owner, spec)
     notes = {RESTART_ANNOTATION: started_with.restart_at, ENGINE_KEY_ANNOTATION: started_with.key}
     container: dict[str, Any] = {
-        "name": "vllm",
+        "name": CONTAINER,
         "image": spec.image,
         "command": ["vllm", "serve"],
         "args": vllm.arguments(process),
@@ -329,7 +334,7 @@ def _http(process: Process) -> dict[str, Any]:
     port = process.port("api")
     health = {"httpGet": {"path": HEALTH_PATH, "port": port, "scheme": "HTTP"}}
     return {
-        "ports": [{"name": "http", "containerPort": port, "protocol": "TCP"}],
+        "ports": [{"name": API_PORT, "containerPort": port, "protocol": "TCP"}],
         "startupProbe": {
             **health,
             "periodSeconds": _PROBE_SECONDS,

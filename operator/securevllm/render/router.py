@@ -102,7 +102,7 @@ def template(owner: Owner, spec: api.Spec, topology: Topology, context: Context,
             pods.secret_env("OPENAI_API_KEY", engine.key_secret(owner), engine.KEY),
             {"name": "HOME", "value": "/tmp"},  # noqa: S108 - a mount of the pod
         ],
-        "ports": [{"name": "http", "containerPort": port, "protocol": "TCP"}],
+        "ports": [{"name": engine.API_PORT, "containerPort": port, "protocol": "TCP"}],
         "resources": engine.quantities(split.router.resources)
         if split.router.resources
         else {"requests": {"cpu": "500m", "memory": "512Mi"}, "limits": {"memory": "4Gi"}},
