@@ -80,7 +80,18 @@ def test_what_helm_test_brings_is_a_hook_and_passes_for_no_operator(helm: Helm, 
     verbs = {(name, verb) for rule in rules for name in rule["resources"] for verb in rule["verbs"]}
     measures = "--status" not in pod["spec"]["containers"][0]["args"]
     assert (("pods", "create") in verbs) == measures
-    assert not {name for name, _ in verbs} & {"secrets", "configmaps"}
+    assert {(name, verb) for name, verb in verbs if name in {"secrets", "configmaps"}} == (
+        {("configmaps", "get")} if measures else set()
+    )
+    # Helm takes the rights when its patience of 5 minutes ends: before that the canary pods have to be removed.
+    assert pod["spec"]["activeDeadlineSeconds"] == 240
+
+
+def test_a_long_patience_of_the_test_makes_its_life_longer(helm: Helm) -> None:
+    objects = by_key(helm.template("--set", "helmTest.waitSeconds=600"))
+    (pod,) = [obj for obj in objects.values() if obj["kind"] == "Pod"]
+    assert "--wait=600" in pod["spec"]["containers"][0]["args"]
+    assert pod["spec"]["activeDeadlineSeconds"] == 720
 
 
 def test_every_value_is_read() -> None:
