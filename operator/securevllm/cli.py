@@ -38,6 +38,12 @@ def _label(_context: Any, _option: Any, value: str | None) -> str | None:
     return value
 
 
+def _labels(context: Any, option: Any, values: tuple[str, ...]) -> tuple[str, ...]:
+    for value in values:
+        _label(context, option, value)
+    return values
+
+
 def _domain(_context: Any, _option: Any, value: str) -> str:
     if not all(map(_DNS_LABEL.fullmatch, value.split("."))):
         raise click.BadParameter(f"{value!r} is no domain such as cluster.local")
@@ -502,7 +508,7 @@ def _one_line(words: str) -> str:
 
 @main.command(short_help="Measure from here what of a resource can be reached.")
 @click.argument("names", metavar="[NAME]...", nargs=-1)
-@click.option("-n", "--namespace", default="default", show_default=True, help="Of the resources.")
+@click.option("-n", "--namespace", default="default", show_default=True, callback=_label, help="Of the resources.")
 @click.option("-A", "--all-namespaces", is_flag=True, help="All resources of the cluster.")
 @click.option("--all", "every", is_flag=True, help="All resources of the namespace.")
 @click.option("--status", is_flag=True, help="Show what the operator measured; makes no pods, and needs no right to.")
@@ -511,6 +517,7 @@ def _one_line(words: str) -> str:
     "vantages",
     multiple=True,
     metavar="NAMESPACE",
+    callback=_labels,
     help="Also try from a canary pod of this namespace; repeatable.",
 )
 @click.option(

@@ -12,7 +12,7 @@ from securevllm.api import kinds
 from securevllm.api.kinds import Kind
 from securevllm.check import Document, Source, Wrong, objects
 from securevllm.cluster import Kubernetes, Login, connect
-from securevllm.errors import ApiError, Forbidden, NotFound
+from securevllm.errors import ApiError, Forbidden, NotFound, OperatorError
 
 _BINDINGS = Kind(
     "admissionregistration.k8s.io/v1",
@@ -64,10 +64,19 @@ def user_login(kubeconfig: Path | None, context: str | None = None) -> Login:
     Args:
         kubeconfig: None: ``~/.kube/config``, or the pod's service account where that is not there.
         context: of the kubeconfig; None: its current one.
+
+    Raises:
+        OperatorError: a context is named, and there is no kubeconfig that could have it.
     """
     if kubeconfig is None:
         default = Path.home() / ".kube" / "config"
         kubeconfig = default if default.is_file() else None
+    if kubeconfig is None and context is not None:
+        # The pod's own cluster would be another one than the person means.
+        raise OperatorError(
+            f"--context {context} is one of a kubeconfig, and there is none (~/.kube/config): name it with --kubeconfig"
+            " FILE, or leave --context out to log in with the pod's service account"
+        )
     return Login(kubeconfig, context=context)
 
 

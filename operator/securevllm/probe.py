@@ -236,6 +236,7 @@ class _Measurement:
         self._owner = Owner(metadata["name"], metadata["namespace"], metadata["uid"])
         self._progress = tell
         self._slots = asyncio.Semaphore(_CONNECTIONS)
+        self._reached = self._beside = 0
         self._elsewhere = [item for item in dict.fromkeys(wanted.vantages) if item != self._owner.namespace]
 
     def _tell(self, line: str) -> None:
@@ -273,12 +274,7 @@ class _Measurement:
         proof = judge(seen, None) if found or not accepted.spec.suspend else report.SUSPENDED
         if proof.status != "Unknown":
             proof = replace(proof, verified_at=datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"))
-        here = any(item.vantage == report.HERE for item in seen.samples)
-        notes = [
-            *notes,
-            *([] if here or not found else ["This machine is not on the pod network: nothing was tried from it."]),
-            *([_NOT_ASKED] if found else []),
-        ]
+        notes = [*notes, *self._here(), *([_NOT_ASKED] if found else [])]
         return Report(self._owner.namespace, self._owner.name, proof, report.rows(seen, topology), tuple(notes))
 
     def _places(self, accepted: Accepted) -> dict[str, Place]:
@@ -404,6 +400,8 @@ class _Measurement:
         """
         reached = await asyncio.gather(*(self._dial(item) for item in beside))
         there = [item for item, reach in zip(beside, reached, strict=True) if reach is Reach.OPEN]
+        self._reached += len(there)
+        self._beside += len(beside)
         if len(there) < len(beside):
             return {}
         answers = dict(
@@ -411,6 +409,18 @@ class _Measurement:
         )
         again = {item.key: await self._dial(item) for item in targets if answers[item.key] is Reach.OPEN}
         return answers | again | {item.key: Reach.OPEN for item in there}
+
+    def _here(self) -> list[str]:
+        """What a reader has to know of this machine as a vantage point."""
+        if self._reached == self._beside:
+            return []
+        told = "This machine is not on the pod network: nothing was tried from it."
+        if self._reached:
+            told = (
+                f"This machine reached {self._reached} of {self._beside} ports of the listeners beside the engines: in"
+                " a round in which it did not reach all, nothing was tried from it."
+            )
+        return [told]
 
     async def _dial(self, target: Target) -> Reach:
         async with self._slots:

@@ -24,7 +24,7 @@ from securevllm.cluster import Listing
 from securevllm.errors import Forbidden, NotFound, OperatorError
 from securevllm.probe import Wanted, probe
 from securevllm.proof import canary as program
-from securevllm.proof.dial import Listener, accepting
+from securevllm.proof.dial import Listener, accepting, dial
 from securevllm.proof.report import Report
 from securevllm.proof.verdict import Proof
 from securevllm.proof.wire import CANARY_VARIABLE, Reach, dump_answers, load_canary
@@ -414,6 +414,32 @@ async def test_what_was_not_tried_is_not_isolated(
     assert "of 4 attempts" in report.proof.message
     assert "llama-engine-0" not in report.proof.message
     assert world.left == []
+
+
+@pytest.mark.parametrize(
+    ("numb", "told"),
+    [
+        (set(), ""),
+        ({"n1", "n2"}, "This machine is not on the pod network"),
+        ({"n2"}, "This machine reached 1 of 2 ports of the listeners"),
+    ],
+)
+async def test_what_was_not_tried_from_this_machine_and_why_is_told(
+    monkeypatch: pytest.MonkeyPatch, numb: set[str], told: str
+) -> None:
+    async with World(engines=2, nodes=2) as world:
+
+        async def reaching(address: str, port: int, seconds: float) -> Reach:
+            listeners = {pod["status"].get("podIP"): str(pod["spec"].get("affinity")) for pod in world.made}
+            hidden = any(f"'{node}'" in listeners.get(address, "") for node in numb)
+            return Reach.SILENT if hidden else await dial(address, port, seconds)
+
+        monkeypatch.setattr(edge, "dial", reaching)
+        report = await measure(world)
+    assert (report.exit_code, report.proof.reason) == (0, "Measured")
+    notes = " ".join(report.notes)
+    assert (told in notes, notes.count("This machine")) == (True, int(bool(told)))
+    assert any(row.vantage == HERE for row in report.rows) == (not told)
 
 
 async def test_every_family_of_an_engine_has_to_be_tried() -> None:

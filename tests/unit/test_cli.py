@@ -277,12 +277,32 @@ def test_probe_teaches_its_vantage_points_rights_and_exit_codes() -> None:
         (["llama", "--wait", "-1"], "--wait"),
         (["llama", "--kubeconfig", "/nowhere"], "--kubeconfig"),
         (["llama", "--kubeconfig", str(SAMPLE)], "cannot be used"),
+        (["llama", "-n", "BAD_NS"], "is no name of a namespace"),
+        (["llama", "-n", "a/../b"], "is no name of a namespace"),
+        (["llama", "--from", "fine", "--from", "a.b"], "'a.b' is no name of a namespace"),
+        (["llama", "--from", ""], "is no name of a namespace"),
     ],
 )
 def test_probe_says_what_is_wrong_with_its_usage(arguments: Sequence[str], told: str) -> None:
     result = run("probe", *arguments)
     assert (result.exit_code, result.stdout) == (2, "")
     assert told in result.stderr
+
+
+def test_probe_never_takes_another_cluster_than_the_one_that_is_named(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Without a kubeconfig there is no context: the pod's own cluster is not what was asked for."""
+
+    def never(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr("securevllm.probe.run", never)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("KUBECONFIG", raising=False)
+    result = run("probe", "llama", "--context", "prod")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert "--context prod is one of a kubeconfig, and there is none" in result.stderr
 
 
 def told_by(monkeypatch: pytest.MonkeyPatch, reports: Sequence[Report] | BaseException) -> None:
