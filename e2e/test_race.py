@@ -25,7 +25,7 @@ from e2e.cluster.kubectl import program
 from e2e.conftest import ARTEFACTS
 from e2e.enforcement import can_be_withheld, withheld
 from e2e.reach import OPEN
-from e2e.workload import Pod, apply, engines_of, new_namespace, start_pods, until, until_resource_ready
+from e2e.workload import Pod, apply, engines_of, new_namespace, start_pods, started, until, until_resource_ready
 
 if TYPE_CHECKING:
     from e2e.cluster import Cluster
@@ -145,12 +145,6 @@ def resource(lane: Range, name: str, **spec: Any) -> dict[str, Any]:
 def engines(lane: Range, name: str) -> list[dict[str, Any]]:
     """The engine pods of a resource, as they are now."""
     return engines_of(lane.kubectl, lane.namespace, name)
-
-
-def started(pod: dict[str, Any]) -> bool:
-    """Whether the engine's own container runs or ever ran."""
-    statuses = pod["status"].get("containerStatuses") or ()
-    return any({"running", "terminated"} & {*one["state"], *one.get("lastState", {})} for one in statuses)
 
 
 def addresses_of(pods: Iterable[dict[str, Any]]) -> set[str]:

@@ -7,6 +7,7 @@ from /proc in the pods. Each blocked connection has its control: the same one, w
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -44,11 +45,14 @@ from e2e.workload import (
     add_reach,
     api_service,
     apply,
+    condition,
+    engines_of,
     new_namespace,
     opened,
     pods_of,
     secret,
     start_pods,
+    started,
     until,
     until_resource_ready,
 )
@@ -79,6 +83,8 @@ TOPOLOGIES = {
 """Name of the resource -> the sample with its shape."""
 SHAPE = ("parallelism", "disaggregation", "security", "ports", "replicas")
 
+LATE, ZONE, LATE_SECONDS = "late", "example.com/late-zone", 180.0
+"""Name of a group, the label of nodes that its members are spread by, and by how much its second member is late."""
 READER = "kv-index"
 """Label of the pod that the sample of KV events lets read them."""
 GATEWAY_PORT, NODE_PORT = 8443, 17070
@@ -192,6 +198,46 @@ def _places(stage: Stage, nodes: list[str]) -> list[Place]:
             for one in nodes
         ),
     ]
+
+
+@dataclass(frozen=True)
+class Latecomer:
+    """A group of two whose second member cannot be scheduled.
+
+    Attributes:
+        namespace: Where it is, under the name of `LATE`.
+        began: When it was applied, on the monotonic clock.
+    """
+
+    namespace: str
+    began: float
+
+
+@pytest.fixture(scope="module", autouse=True)
+def latecomer(cluster: Cluster, nodes: list[str], operator: None) -> Iterator[Latecomer]:  # noqa: ARG001 - it is there
+    """Apply it before everything else of this file: it waits while the other tests run."""
+    kubectl = cluster.kubectl
+    spread = {
+        "maxSkew": 1,
+        "minDomains": 2,
+        "topologyKey": ZONE,
+        "whenUnsatisfiable": "DoNotSchedule",
+        "labelSelector": {"matchLabels": {"topology": LATE}},
+    }
+    with new_namespace(kubectl, LATE) as namespace:
+        made = resource("multi-node", namespace)
+        made["metadata"]["name"] = LATE
+        made["spec"] |= {
+            "replicas": 1,
+            "engine": {"labels": {"topology": LATE}, "topologySpreadConstraints": [spread]},
+            "security": {"verification": {"mode": "Disabled"}},
+        }
+        kubectl("label", "node", nodes[0], f"{ZONE}=here")
+        try:
+            apply(kubectl, made)
+            yield Latecomer(namespace, time.monotonic())
+        finally:
+            kubectl("label", "node", *nodes[:2], f"{ZONE}-")
 
 
 @dataclass
@@ -472,3 +518,28 @@ def test_with_the_admission_policies_labels_cannot_be_borrowed(
         assert again["metadata"]["name"] != lent.pod.name
     finally:
         kubectl("delete", *files, "--wait=true")
+
+
+def test_a_member_that_is_three_minutes_late_makes_nobody_start_anew(
+    stage: Stage, latecomer: Latecomer, nodes: list[str]
+) -> None:
+    """The barrier is before the engines: vLLM itself would give up on a member after ten minutes, or hang."""
+    kubectl, where = stage.kubectl, (f"--namespace={latecomer.namespace}",)
+    time.sleep(max(0.0, latecomer.began + LATE_SECONDS - time.monotonic()))
+    waiting = {pod["metadata"]["name"]: pod for pod in engines_of(kubectl, latecomer.namespace, LATE)}
+    here = [name for name, pod in waiting.items() if pod["spec"].get("nodeName")]
+    assert (len(waiting), len(here)) == (2, 1)
+    assert not any(map(started, waiting.values()))
+    [absent] = waiting.keys() - {*here}
+    group_and_rank = absent.removesuffix("-0")
+    assert group_and_rank in kubectl("logs", *where, here[0], "--container=gate"), "the gate says for whom it waits"
+    assert not condition(kubectl.get(*where, "securevllmdeployment", LATE), "EnginesReady")
+
+    kubectl("label", "node", nodes[1], f"{ZONE}=there")
+    until_resource_ready(kubectl, latecomer.namespace, LATE, READY_SECONDS)
+    whole = {pod["metadata"]["name"]: pod for pod in engines_of(kubectl, latecomer.namespace, LATE)}
+    assert {name: pod["metadata"]["uid"] for name, pod in whole.items()} == {
+        name: pod["metadata"]["uid"] for name, pod in waiting.items()
+    }
+    statuses = [one for pod in whole.values() for one in pod["status"]["containerStatuses"]]
+    assert [one["restartCount"] for one in statuses] == [0] * len(statuses) != []

@@ -207,6 +207,12 @@ def engines_of(kubectl: Kubectl, namespace: str, name: str) -> list[dict[str, An
     return [pod for pod in pods if pod["metadata"]["labels"]["app.kubernetes.io/instance"] == name]
 
 
+def started(pod: dict[str, Any]) -> bool:
+    """Whether the engine's own container runs or ever ran."""
+    statuses = pod["status"].get("containerStatuses") or ()
+    return any({"running", "terminated"} & {*one["state"], *one.get("lastState", {})} for one in statuses)
+
+
 def start_pods(
     kubectl: Kubectl,
     wanted: Sequence[tuple[str, str, str]],
