@@ -39,6 +39,7 @@ from securevllm.proof.evidence import Evidences
 from securevllm.proof.others import Others
 from securevllm.proof.prober import Prober
 from securevllm.reconcile import Key, Reconciler, Told
+from securevllm.render.canary import is_canary
 from securevllm.render.meta import DENY_NAME, INSTANCE, MANAGED_BY, SECRET_LABEL, is_resource
 from securevllm.store import Store, Watched
 from securevllm.watch import Watcher
@@ -98,6 +99,8 @@ def keys_of(store: Store) -> Callable[[KubeObject], Iterator[Key]]:
         owners = [ref["name"] for ref in metadata.get("ownerReferences", ()) if is_resource(ref)]
         if obj["kind"] == api.KIND:
             yield Key(namespace, metadata["name"])
+        elif obj["kind"] == kinds.POD.kind and is_canary(obj):
+            return  # the prober waits for it, and tells when that changes anything
         elif owners:
             yield from (Key(namespace, name) for name in owners)
         elif obj["kind"] == kinds.POD.kind:
