@@ -407,7 +407,7 @@ class Reconciler:
         )
         # A Secret without our label is not watched: somebody who has just forgotten it will make it soon.
         missing = _LOOK_AGAIN if found.missing or found.unfetched else None
-        self._evidences.follow(resource, owner, wanted, rendered, key.get(engine.PROBER, b""))
+        self._evidences.follow(resource, owner, wanted, rendered, key.get(engine.PROBER, b""), evidence=evidence)
         renewal, waiting = self._generator.renewal(made), look.pause(self._now().timestamp())
         pauses = (_RESYNC, outcome.again, looked, missing, renewal, waiting, evidence.again)
         return found, min(pause for pause in pauses if pause is not None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime, timedelta
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 
@@ -11,7 +11,12 @@ from securevllm.api.parse import parse
 from securevllm.context import Context
 from securevllm.proof.evidence import Evidence, Evidences, Follows
 from securevllm.proof.verdict import Proof
+from securevllm.render import Observed, render
+from securevllm.render.meta import Owner
 from securevllm.status import Facts
+
+if TYPE_CHECKING:
+    from securevllm.proof.prober import Subject
 
 NOW = datetime(2026, 3, 4, 12, tzinfo=UTC)
 PROOF = Proof("True", "Measured", "Nothing was reached.", "2026-03-04T12:00:00Z")
@@ -45,3 +50,21 @@ def test_a_time_that_a_wrong_clock_put_into_the_future_does_not_stay_until_it_ha
 
 def test_clocks_that_differ_by_little_write_nothing() -> None:
     assert shown(-timedelta(minutes=1)) == ""
+
+
+def test_policies_of_others_that_come_and_go_are_a_reason_to_measure_again() -> None:
+    revisions = []
+
+    class Prober:
+        def follow(self, subject: Subject, before: Proof | None = None) -> None:
+            assert before is None
+            revisions.append(subject.revision)
+
+    evidences = Evidences(cast("Any", None), cast("Follows", Prober()), Context(), lambda: NOW, canary_pods=True)
+    owner = Owner("llama", "apps", "uid-1")
+    rendered = render(owner, WANTED, Context(), Observed())
+    resource = {"metadata": {"name": "llama", "namespace": "apps", "generation": 3}}
+    for foreign in ("", "", "opens-everything lets everybody in", ""):
+        evidences.follow(resource, owner, WANTED, rendered, b"key", evidence=Evidence(foreign=foreign))
+    quiet, again, opened, gone = revisions
+    assert quiet == again == gone != opened

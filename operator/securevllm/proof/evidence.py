@@ -122,9 +122,19 @@ class Evidences:
         )
 
     def follow(
-        self, resource: KubeObject, owner: Owner, wanted: Accepted, rendered: Rendered, prober_key: bytes
+        self,
+        resource: KubeObject,
+        owner: Owner,
+        wanted: Accepted,
+        rendered: Rendered,
+        prober_key: bytes,
+        *,
+        evidence: Evidence,
     ) -> None:
-        """Tell the prober what to measure; nothing in mode Disabled."""
+        """Tell the prober what to measure; nothing in mode Disabled.
+
+        What others' policies open counts as a change, also when they are gone: what was measured before is old then.
+        """
         spec, who = wanted.spec, Who(owner.namespace, owner.name)
         if spec.security.verification.mode == "Disabled":
             self._prober.forget(who)
@@ -145,7 +155,7 @@ class Evidences:
             ),
             interval=float(seconds(spec.security.verification.interval)),
             canaries=self._no_canaries(spec.security.verification.canary_pods),
-            revision=digest([resource["metadata"].get("generation"), verify_at]),
+            revision=digest([resource["metadata"].get("generation"), verify_at, evidence.foreign]),
             limits=self._limits(owner),
         )
         self._prober.follow(subject, self._left(resource.get("status", {})))
