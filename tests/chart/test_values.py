@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import re
 
-from tests.chart.programs import Helm, HelmError
+import pytest
+import yaml
+
+from securevllm.api.parse import parse
+from securevllm.api.types import API_VERSION, KIND
+from tests.chart.programs import CHART, NAME, Helm, HelmError
 
 REFUSED = {
     "replica=3": "replica",
@@ -31,6 +36,7 @@ REFUSED = {
     "cluster.ranges[0]=10.0.0.0": "/cluster/ranges/0",
     "networkPolicy.egress.flavor=calico": "/networkPolicy/egress/flavor",
     "admission.podMakers[0]=it's": "/admission/podMakers/0",
+    "admission.operators[0]=it's": "/admission/operators/0",
     "admission.podMakers[0]=x' || true || '": "/admission/podMakers/0",
     "admission.allowEphemeralContainers=sometimes": "/admission/allowEphemeralContainers",
     "monitoring.serviceMonitor.interval=often": "/monitoring/serviceMonitor/interval",
@@ -66,3 +72,26 @@ def test_values_that_contradict_each_other_are_refused_with_the_way_out(helm: He
 def test_a_cluster_that_is_too_old_is_refused(helm: Helm) -> None:
     with pytest.raises(HelmError, match=r"requires kubeVersion: >=1\.30"):
         helm.template("--kube-version", "1.29.0")
+
+
+def test_the_notes_give_a_resource_that_the_operator_takes(helm: Helm) -> None:
+    notes = helm("install", NAME, str(CHART), "--dry-run=client").partition("NOTES:")[2]
+    [text] = re.findall(r"echo '(.*?)' \|", notes, re.DOTALL)
+    obj = yaml.safe_load(text)
+    assert (obj["apiVersion"], obj["kind"]) == (API_VERSION, KIND)
+    assert parse(obj["metadata"]["name"], obj["spec"]).spec.model.name
+    assert "create namespace llm" in notes
+
+
+def test_another_installation_may_write_templates_only_when_it_is_named(helm: Helm) -> None:
+    beside = "system:serviceaccount:llm:team-operator"
+
+    def trusted(*options: str) -> list[str]:
+        policies = [obj for obj in helm.template(*options) if obj["kind"] == "ValidatingAdmissionPolicy"]
+        [templates] = [obj for obj in policies if obj["metadata"]["name"].endswith("-pod-templates")]
+        [users] = [one["expression"] for one in templates["spec"]["variables"] if one["name"] == "operators"]
+        return yaml.safe_load(users)  # type: ignore[no-any-return]
+
+    own = f"system:serviceaccount:{NAME}:{NAME}"
+    assert trusted() == [own]
+    assert trusted("--set", f"admission.operators={{{beside}}}") == [own, beside]
