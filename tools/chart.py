@@ -195,6 +195,8 @@ README = """\
 
 Version {version}, for Kubernetes `{kube}`. Made by `make chart` from `values.yaml`; do not edit.
 
+<!-- not run: no registry; tests/api/test_chart.py installs it -->
+
 ```sh
 helm install secure-vllm-operator charts/secure-vllm-operator --namespace secure-vllm-operator --create-namespace \\
   --set image.repository=registry.example.com/secure-vllm-operator

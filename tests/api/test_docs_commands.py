@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -17,17 +16,11 @@ from e2e.cluster.hollow import hollow_node
 from tests.api.kube import Kube
 from tests.api.operator_process import ROOT, OperatorProcess
 from tests.chart.programs import KUBECTL, Helm
+from tests.pages import SEQUENCES, blocks
 
 pytestmark = pytest.mark.cluster
 
-BLOCK = re.compile(r"(?:<!-- not run: (?P<why>[^>]+) -->\n\n)?```sh\n(?P<text>.*?)```", re.DOTALL)
-
-
-def blocks(page: str) -> Iterator[str]:
-    """The blocks of a page that are not marked as not executable here."""
-    for found in BLOCK.finditer((ROOT / "docs" / page).read_text(encoding="utf-8")):
-        if not found["why"]:
-            yield found["text"]
+DOCS = ROOT / "docs"
 
 
 @pytest.fixture
@@ -62,14 +55,17 @@ def run(text: str, checkout: Path, cluster: Cluster, helm: Helm) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("pages", [["install.md"], ["install.md", "upgrade.md"], ["getting-started.md"]], ids="-".join)
+@pytest.mark.parametrize("pages", SEQUENCES, ids="-".join)
 def test_commands_of_the_page_work_in_their_order(
-    pages: list[str], checkout: Path, cluster: Cluster, helm: Helm
+    pages: tuple[str, ...], checkout: Path, cluster: Cluster, helm: Helm
 ) -> None:
-    first, *rest = blocks(pages[0])
+    first, *rest = blocks(DOCS / pages[0])
     if len(pages) > 1:
         # Somebody who upgrades has installed and changed something once.
-        rest = [first.replace("helm install", "helm upgrade").replace(" --create-namespace", ""), *blocks(pages[1])]
+        rest = [
+            first.replace("helm install", "helm upgrade").replace(" --create-namespace", ""),
+            *blocks(DOCS / pages[1]),
+        ]
     with ExitStack() as stack:
         kube = stack.enter_context(closing(Kube(cluster.kubeconfig)))
         stack.enter_context(hollow_node(cluster))

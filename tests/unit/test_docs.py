@@ -18,6 +18,7 @@ from securevllm.api import bounds
 from securevllm.api import types as api
 from securevllm.api.parse import parse
 from securevllm.cli import main
+from tests.pages import EXECUTED, blocks
 
 ROOT = Path(__file__).parents[2]
 CODE = ROOT / "operator" / "securevllm"
@@ -169,6 +170,11 @@ def test_guard_page_shows_bounds_that_are_valid_and_complete() -> None:
 def test_readme_shows_the_quickstart() -> None:
     (sample,) = _resources(ROOT / "manifests" / "samples" / "quickstart.yaml")
     assert sample in list(_resources(ROOT / "README.md"))
+
+
+@pytest.mark.parametrize("path", [*PAGES, *sorted(ROOT.glob("charts/*/README.md"))], ids=str)
+def test_every_command_is_executed_by_a_test_or_says_why_not(path: Path) -> None:
+    assert (path in EXECUTED) == bool([*blocks(path)]), "write <!-- not run: why --> and an empty line before the block"
 
 
 def test_commands_that_are_told_exist() -> None:
