@@ -619,16 +619,43 @@ def test_a_missing_admission_policy_is_told_of_a_cluster_only() -> None:
     assert checked(FINE).findings == ()
     (finding,) = checked(FINE, live=True).findings
     assert (finding.code, finding.severity) == ("AdmissionMissing", Severity.HIGH)
-    binding = {"apiVersion": "admissionregistration.k8s.io/v1", "kind": "ValidatingAdmissionPolicyBinding"}
-    bindings = [binding | {"metadata": {"name": name}} for name in ADMISSION_POLICIES]
-    assert checked(FINE, *bindings, live=True).findings == ()
+    assert all(name in finding.message for name in ADMISSION_POLICIES)
     (finding,) = checked(deployment(), live=True).findings
     assert finding.severity is Severity.INFO
 
 
-def test_the_names_of_the_admission_policies_are_those_that_are_installed() -> None:
+def bindings() -> list[dict[str, Any]]:
+    """Those that are installed."""
     shipped = yaml.safe_load_all((ROOT / "manifests/admission/bindings.yaml").read_text(encoding="utf-8"))
-    assert {item["metadata"]["name"] for item in shipped if item} >= ADMISSION_POLICIES
+    return [item for item in shipped if item]
+
+
+def in_namespace(name: str) -> dict[str, Any]:
+    selector = {"matchLabels": {"kubernetes.io/metadata.name": name}}
+    return {"matchResources": {"namespaceSelector": selector, "objectSelector": {}, "matchPolicy": "Equivalent"}}
+
+
+@pytest.mark.parametrize(
+    ("changed", "missing"),
+    [
+        ({}, False),
+        ({"policyName": "my-release-secure-vllm-operator-pods"}, False),
+        (in_namespace("apps"), False),
+        (in_namespace("elsewhere"), True),
+        ({"validationActions": ["Audit", "Warn"]}, True),
+        ({"policyName": "somebody-elses"}, True),
+        ({"matchResources": {"objectSelector": {"matchLabels": {"a": "b"}}}}, True),
+        ({"matchResources": {"namespaceSelector": {"matchExpressions": [{"key": "a", "operator": "Exists"}]}}}, True),
+    ],
+)
+def test_a_binding_counts_when_it_surely_denies_here(changed: dict[str, Any], *, missing: bool) -> None:
+    first, *others = bindings()
+    here = FINE | {"metadata": {"name": "llama", "namespace": "apps"}}
+    assert len(others) == len(ADMISSION_POLICIES) - 1
+    report = checked(here, first | {"spec": first["spec"] | changed}, *others, live=True)
+    assert [finding.code for finding in report.findings] == ["AdmissionMissing"] * missing
+    nobodys = first | {"metadata": {"name": first["metadata"]["name"]}}
+    assert [finding.code for finding in checked(here, nobodys, *others, live=True).findings] == ["AdmissionMissing"]
 
 
 def test_conditions_of_routes_know_the_tasks_that_flags_name() -> None:

@@ -24,7 +24,7 @@ from securevllm.check.workloads import KINDS, Workload, workload
 from securevllm.context import FIELD_MANAGER, Context
 from securevllm.errors import SpecError
 from securevllm.netpol import KIND as NETWORK_POLICY
-from securevllm.netpol import Policies, Policy, PolicyError
+from securevllm.netpol import NAMESPACE_NAME_LABEL, Policies, Policy, PolicyError
 from securevllm.netpol import parse as parse_policy
 from securevllm.render.meta import MANAGED_BY, RESOURCE_LABEL, Owner
 
@@ -40,8 +40,9 @@ NOT_EVALUATED: Mapping[str, tuple[str, ...]] = {
 }
 """Policies of other kinds, by API group: present, and not evaluated."""
 
-ADMISSION_POLICIES = frozenset({"secure-vllm-operator-pods", "secure-vllm-operator-pod-templates"})
-"""ValidatingAdmissionPolicies that reserve the labels by which our policies select (manifests/admission)."""
+ADMISSION_POLICIES = frozenset({"pods", "pod-templates", "controller-revisions"})
+"""ValidatingAdmissionPolicies that reserve the labels by which our policies select (manifests/admission): the ends of
+their names; a release of the chart puts its own in front."""
 
 _NO_UID = "00000000-0000-0000-0000-000000000000"
 
@@ -234,17 +235,34 @@ def _whole(documents: list[Document], *, live: bool, used: bool) -> Iterator[Fin
             )
     if not live:
         return
-    names = {
-        str((item.object.get("metadata") or {}).get("name"))
+    namespaces = {(item.object.get("metadata") or {}).get("namespace") for item in documents} - {None}
+    bound = {
+        _reserved(item.object, namespaces)
         for item in documents
         if item.object["kind"] == "ValidatingAdmissionPolicyBinding"
     }
-    missing = ADMISSION_POLICIES - names
+    missing = ADMISSION_POLICIES - bound
     if missing:
         yield Finding(
             Severity.HIGH if used else Severity.INFO,
             "AdmissionMissing",
-            f"no ValidatingAdmissionPolicyBinding {', '.join(sorted(missing))}: who may create pods may give them the"
-            " labels that the operator's policies select by",
+            f"no ValidatingAdmissionPolicyBinding denies here for {', '.join(sorted(missing))}: who may create pods may"
+            " give them the labels that the operator's policies select by",
             "kubectl apply -k manifests/admission, or the chart's admission values",
         )
+
+
+def _reserved(binding: Mapping[str, Any], namespaces: set[str | None]) -> str:
+    """Which of our admission policies a binding has in force in all these namespaces; empty: none, or not surely."""
+    metadata, spec = binding.get("metadata") or {}, binding.get("spec") or {}
+    ours = (metadata.get("labels") or {}).get("app.kubernetes.io/part-of") == "secure-vllm-operator"
+    if not ours or "Deny" not in (spec.get("validationActions") or ()):
+        return ""
+    # Only what surely matches: everything, or the one namespace by its name.
+    scope = {name: value for name, value in (spec.get("matchResources") or {}).items() if value}
+    selectors = [{"namespaceSelector": {"matchLabels": {NAMESPACE_NAME_LABEL: name}}} for name in namespaces]
+    scope.pop("matchPolicy", None)
+    if scope and selectors != [scope]:
+        return ""
+    policy = str(spec.get("policyName", ""))
+    return next((end for end in ADMISSION_POLICIES if policy.endswith(f"-{end}")), "")
