@@ -15,7 +15,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv4Network, IPv6Address, IPv6Network, ip_network
-from typing import Any, Literal, get_args
+from operator import itemgetter
+from typing import Any, Generic, Literal, TypeVar, get_args
 
 from securevllm.errors import OperatorError
 
@@ -31,6 +32,8 @@ NAMESPACE_NAME_LABEL = "kubernetes.io/metadata.name"
 """The API server sets it on every namespace."""
 
 _FIRST, _LAST = 1, 65535
+
+T = TypeVar("T")
 
 
 class PolicyError(OperatorError):
@@ -271,6 +274,24 @@ class Verdict:
 _EVERYTHING = tuple(Grant(protocol, _FIRST, _LAST) for protocol in PROTOCOLS)
 
 
+class ByLabel(Generic[T]):
+    """What selects pods by labels, filed by one of them: among hundreds of workloads each has its own policies."""
+
+    def __init__(self) -> None:
+        self._filed: defaultdict[tuple[str, tuple[str, str] | None], list[tuple[int, T]]] = defaultdict(list)
+        self._count = 0
+
+    def add(self, namespace: str, labels: Iterable[tuple[str, str]], item: T) -> None:
+        """File an item that selects only pods of this namespace with all of these labels, if there are any."""
+        self._filed[namespace, next(iter(labels), None)].append((self._count, item))
+        self._count += 1
+
+    def about(self, pod: Pod) -> list[T]:
+        """Items that may select a pod, in the order in which they were added; the others surely do not."""
+        found = [item for label in (None, *pod.labels.items()) for item in self._filed.get((pod.namespace, label), ())]
+        return [item for _, item in sorted(found, key=itemgetter(0))]
+
+
 class Policies:
     """The union of policies.
 
@@ -289,13 +310,13 @@ class Policies:
     ) -> None:
         self._enforcement = enforcement or Enforcement()
         self._labels = {name: {**labels, NAMESPACE_NAME_LABEL: name} for name, labels in (namespaces or {}).items()}
-        self._by_namespace: defaultdict[str, list[Policy]] = defaultdict(list)
+        self._filed: ByLabel[Policy] = ByLabel()
         for policy in policies:
-            self._by_namespace[policy.namespace].append(policy)
+            self._filed.add(policy.namespace, policy.selector.labels, policy)
 
     def selecting(self, pod: Pod, direction: Direction) -> tuple[Policy, ...]:
         """Policies that isolate the pod in this direction; none: everything is allowed."""
-        found = self._by_namespace.get(pod.namespace, ())
+        found = self._filed.about(pod)
         return tuple(policy for policy in found if direction in policy.rules and policy.selects(pod))
 
     def grants(self, pod: Pod, direction: Direction) -> tuple[Grant, ...] | None:

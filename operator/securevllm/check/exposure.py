@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from securevllm import catalogue, netpol
 from securevllm.check.workloads import Part, mappings
-from securevllm.netpol import IPBlock, Pod, PodPeer, Policies, Rule
+from securevllm.netpol import ByLabel, IPBlock, Pod, PodPeer, Policies, Rule
 
 if TYPE_CHECKING:
     from securevllm.check.command import Launch
@@ -105,6 +106,15 @@ class World:
     services: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     ways: tuple[tuple[str, Mapping[str, Any]], ...] = ()
     pods: tuple[Pod, ...] = ()
+
+    @cached_property
+    def selectors(self) -> ByLabel[Mapping[str, Any]]:
+        """The services, by what they select."""
+        filed: ByLabel[Mapping[str, Any]] = ByLabel()
+        for namespace, service in self.services:
+            if selector := _selector(service):
+                filed.add(namespace, selector.items(), service)
+        return filed
 
 
 def sockets(part: Part, version: catalogue.Version, *, grouped: bool) -> Iterator[Socket]:
@@ -243,11 +253,11 @@ def published(part: Part, port: int, world: World) -> Iterator[Published]:
         if entry.get("hostPort") and entry.get("containerPort") == port:
             yield Published(f"Pod {pod.key}", f"hostPort {entry['hostPort']} of its node", outside=True)
     names: defaultdict[tuple[str, str], set[int | str]] = defaultdict(set)
-    for namespace, service in world.services:
-        if namespace != pod.namespace or not _selects(service, pod):
+    for service in world.selectors.about(pod):
+        if not _selector(service).items() <= pod.labels.items():
             continue
         name = str(_get(service, "metadata", "name"))
-        by = f"{service['kind']} {namespace}/{name}"
+        by = f"{service['kind']} {pod.namespace}/{name}"
         if service["kind"] == "InferencePool":
             names["InferencePool", name].add(0)
             yield Published(by, "an InferencePool: its router leads every path to the pods", outside=False)
@@ -330,15 +340,13 @@ def _backend(backend: Mapping[str, Any], names: _Names, namespace: str, home: st
     return (backend.get("namespace") or namespace) == home and ports is not None and right
 
 
-def _selects(service: Mapping[str, Any], pod: Pod) -> bool:
+def _selector(service: Mapping[str, Any]) -> dict[str, Any]:
+    """The labels that a pod needs; empty: it selects none."""
     selector = _get(service, "spec", "selector")
     if service["kind"] == "InferencePool" and isinstance(selector, Mapping):
         selector = selector.get("matchLabels", selector)
-    return (
-        isinstance(selector, Mapping)
-        and bool(selector)
-        and all(pod.labels.get(str(key)) == value for key, value in selector.items())
-    )
+    pairs = selector.items() if isinstance(selector, Mapping) else ()
+    return {str(key): value if isinstance(value, Hashable) else repr(value) for key, value in pairs}  # of any YAML
 
 
 def _target(entry: Mapping[str, Any], pod: Pod) -> int | None:
