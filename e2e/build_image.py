@@ -8,6 +8,7 @@ machine (an index, certificates) is mounted for the build and does not get into 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -60,7 +61,7 @@ def build() -> str:
 
 
 def base(name: str) -> Image:
-    """A stand-in for the base image of this name: a Python that pip and `RUN` work in."""
+    """A stand-in for the base image of this name: a Python that pip and the commands of `RUN` work in."""
 
     def fill(root: Path) -> None:
         version = f"python{sys.version_info.major}.{sys.version_info.minor}"
@@ -71,7 +72,8 @@ def base(name: str) -> Image:
             (root / path).write_text(content, encoding="ascii")
             (root / path).chmod(0o755)
         (root / "bin").mkdir()
-        shutil.copy2(Path("/bin/sh").resolve(), root / "bin/sh")
+        for program in ("sh", "rm"):
+            shutil.copy2(Path("/bin", program).resolve(), root / "bin" / program)
         python_root.add_libraries(root)
         python_root.compile_all(root)
 
@@ -94,9 +96,7 @@ def _with_buildah(name: str) -> None:
 
 
 def _base_names() -> list[str]:
-    lines = images.DOCKERFILE.read_text(encoding="utf-8").splitlines()
-    names = [line.split()[1] for line in lines if line.startswith("FROM ")]
-    return list(dict.fromkeys(f"docker.io/library/{name}" for name in names))
+    return re.findall(r"^ARG PYTHON=(\S+)$", images.DOCKERFILE.read_text(encoding="utf-8"), re.MULTILINE)
 
 
 def _pip_settings(folder: Path) -> list[tuple[Path, str]]:

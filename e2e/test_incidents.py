@@ -6,7 +6,11 @@ is tried once in 20 s. All times are in build/e2e/incidents.txt.
 
 from __future__ import annotations
 
+import os
+import re
 import statistics
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,8 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from e2e import enforcement
+from e2e import enforcement, images
 from e2e.cluster import binaries
+from e2e.cluster.errors import TooLate
 from e2e.conftest import ARTEFACTS
 from e2e.reach import OPEN, SILENT
 from e2e.workload import (
@@ -39,6 +44,8 @@ from e2e.workload import (
 )
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from e2e.cluster import Cluster
     from e2e.cluster.kubectl import Kubectl
     from e2e.cluster.node import Node
@@ -167,8 +174,9 @@ class Times:
             tried = [pool.submit(attempt, what) for what in tries]
             try:
                 until(all_seen, f"{incident}: {', '.join(looks)}", LONG)
-            except AssertionError as error:
-                raise AssertionError(f"{error}; left: {', '.join(left)}") from error
+            except TooLate as error:
+                conditions = {name: scene.look().told(name, "Isolated") for name in EVERY}
+                raise TooLate(f"{error}; left: {', '.join(left)}; {conditions}") from error
             for one in tried:
                 one.result()
 
@@ -239,6 +247,52 @@ def test_a_foreign_policy_that_opens_everything_is_told_and_enforce_takes_the_en
     scene.kubectl("delete", f"--namespace={scene.namespace}", "networkpolicy", "theirs")
     times.wait(scene, "the foreign policy is deleted", _isolated(), _mended(scene))
     cells.check("after", scene.attack(SILENT))
+
+
+@pytest.fixture
+def person(cluster: Cluster, scene: Scene, tmp_path: Path) -> Path:
+    """Kubeconfig of somebody with the role `view` in the namespace, and the rights that `securevllm probe` asks for."""
+    kubectl, where = scene.kubectl, f"--namespace={scene.namespace}"
+    kubectl("create", where, "serviceaccount", "person")
+    account = f"--serviceaccount={scene.namespace}:person"
+    kubectl("create", where, "role", "prober", "--verb=create,list,delete", "--resource=pods")
+    kubectl("create", where, "rolebinding", "prober", "--role=prober", account)
+    kubectl("create", where, "rolebinding", "viewer", "--clusterrole=view", account)
+    token = kubectl("create", where, "token", "person").strip()
+    return cluster.kubeconfig_for_token(token, tmp_path / "person")
+
+
+def test_a_person_who_measures_by_hand_is_told_the_same(scene: Scene, person: Path) -> None:
+    def told(name: str, *command: str) -> tuple[int, str]:
+        done = subprocess.run(
+            [sys.executable, "-m", "securevllm", *command, "--kubeconfig", str(person)],
+            env={**os.environ, "PYTHONPATH": str(images.ROOT / "operator")},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=600,
+        )
+        said = done.stdout + done.stderr
+        ARTEFACTS.mkdir(parents=True, exist_ok=True)
+        (ARTEFACTS / f"by hand, {name}.txt").write_text(f"securevllm {' '.join(command)}\n{said}", encoding="utf-8")
+        return done.returncode, said
+
+    probe = ("probe", STRICT, "--namespace", scene.namespace)
+    code, said = told("isolated", *probe)
+    assert (code, "blocked" in said, bool(re.search(r"\bopen\b", said))) == (0, True, False), said
+    # What the role `view` may not read is named, and everything else is told.
+    code, said = told("check", "check", "--namespace", scene.namespace)
+    assert (code, all(f"{scene.namespace}/{name}" in said for name in EVERY)) == (2, True), said
+    assert "validatingadmissionpolicybindings.admissionregistration.k8s.io: may not be read" in said
+    assert said.count("No findings") == len(EVERY)
+    apply(scene.kubectl, policy("theirs", scene.namespace, ALLOW_INGRESS))
+    try:
+        until(scene.reached(OPEN), "the policy that allows everything is enforced", LONG)
+        code, said = told("open", *probe)
+        assert (code, bool(re.search(r"\bopen\b", said))) == (1, True), said
+    finally:
+        scene.kubectl("delete", f"--namespace={scene.namespace}", "networkpolicy", "theirs")
+    until(lambda: all(holds(scene.look()) for holds in _isolated().values()) or None, "all are isolated", LONG)
 
 
 def test_policies_that_are_deleted_by_hand_come_back(scene: Scene, times: Times, cells: Cells) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -139,3 +140,22 @@ async def test_the_key_goes_to_whoever_serves_the_certificate_that_is_mounted_an
         assert await gateway.ask(asks, SLEEP, certificate=other) == [Asked.UNCLEAR]
         assert gateway.seen == []
     assert trusting(own).verify_mode is ssl.CERT_REQUIRED
+
+
+async def test_a_gateway_that_does_not_answer_holds_up_a_round_twice_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("securevllm.proof.asking._TIMEOUT", aiohttp.ClientTimeout(total=0.2))
+    came = 0
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal came
+        came += 1
+        await reader.read()
+        writer.close()
+
+    server = await asyncio.start_server(silent, "127.0.0.1", 0)
+    async with server, aiohttp.ClientSession() as session:
+        port = server.sockets[0].getsockname()[1]
+        requests = tuple(Request("GET", f"/{number}") for number in range(50))
+        found = await HttpAsks(session)([Pod("a", "127.0.0.1")], Asking(port, "", KEY, requests))
+    assert [item.asked for item in found] == [Asked.UNCLEAR] * 50
+    assert came == 2

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 _TIMEOUT = aiohttp.ClientTimeout(total=5.0)
 _REFUSALS = frozenset({401, 403, 404})
 _AT_ONCE = 8
+_SILENT = 2
+"""Requests in a row without an answer after which a gateway is not asked any more in this round."""
 
 
 @dataclass(frozen=True)
@@ -68,15 +70,19 @@ class HttpAsks:
 
     async def _gateway(self, pod: Pod, asking: Asking, trust: ssl.SSLContext | None) -> list[Question]:
         # One after the other: the prober is a client with a limit like any other.
+        questions, silent = [], 0
         async with self._slots:
-            return [
-                Question(
-                    pod.name, request.method, request.path, request.keyed, await self._ask(pod, asking, request, trust)
+            for request in asking.requests:
+                # A gateway on a node that is lost would hold up the round, and all that waits for it, for minutes.
+                asked = await self._ask(pod, asking, request, trust) if silent < _SILENT else None
+                silent = 0 if asked is not None else silent + 1
+                questions.append(
+                    Question(pod.name, request.method, request.path, request.keyed, asked or Asked.UNCLEAR)
                 )
-                for request in asking.requests
-            ]
+        return questions
 
-    async def _ask(self, pod: Pod, asking: Asking, request: Request, trust: ssl.SSLContext | None) -> Asked:
+    async def _ask(self, pod: Pod, asking: Asking, request: Request, trust: ssl.SSLContext | None) -> Asked | None:
+        """What came of one request; None: no answer."""
         host = f"[{pod.address}]" if ":" in pod.address else pod.address
         url = f"{'https' if trust else 'http'}://{host}:{asking.port}{request.path}"
         headers = {"Authorization": f"Bearer {asking.key}"} if request.keyed and asking.key else {}
@@ -92,7 +98,7 @@ class HttpAsks:
             ) as answer:
                 return judged(answer.status, request, asking, marked=envoy.MARKER_HEADER in answer.headers)
         except (aiohttp.ClientError, TimeoutError, OSError):
-            return Asked.UNCLEAR
+            return None
 
 
 def judged(status: int, request: Request, asking: Asking, *, marked: bool) -> Asked:
