@@ -177,3 +177,17 @@ def test_the_policy_of_the_page_lets_canary_pods_through_a_default_deny_and_nobo
     assert not open_to([CLOSED, told_policy], stranger, listener)
     assert not open_to([CLOSED, told_policy], prober, engine)
     assert open_to([told_policy], prober, engine)
+
+
+@pytest.mark.parametrize(
+    ("labels", "about_us"),
+    [
+        ({"securevllm.io/resource": OWNER.label}, True),
+        ({"securevllm.io/resource": "another-12345678"}, False),
+        ({"securevllm.io/role": "engine"}, True),
+    ],
+)
+def test_only_what_may_be_about_our_pods_is_read(labels: dict[str, str], *, about_us: bool) -> None:
+    assert bool(found({"matchLabels": labels}, ingress=[{}])) is about_us
+    # Not even what cannot be judged, when it asks for the label of another resource.
+    assert bool(found({"matchLabels": labels}, ingress=[{"later": 1}])) is about_us

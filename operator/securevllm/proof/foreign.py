@@ -59,7 +59,7 @@ def wider(
     found = set()
     for obj in live:
         name = obj["metadata"]["name"]
-        if name in own:
+        if name in own or _of_another(obj, label):
             continue
         try:
             policy = netpol.parse(obj, namespace)
@@ -70,6 +70,12 @@ def wider(
             if policy.selects(pod):
                 found |= {Wider(name, told) for told in _wider(policy, pod, rendered)}
     return tuple(sorted(found))
+
+
+def _of_another(policy: Mapping[str, Any], label: str) -> bool:
+    """Whether a policy asks for the label of another resource: with a hundred of them, most need not even be read."""
+    selector = (policy.get("spec") or {}).get("podSelector") or {}
+    return bool((selector.get("matchLabels") or {}).get(RESOURCE_LABEL, label) != label)
 
 
 def holding(namespace: str, labels: Mapping[str, str], live: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:
