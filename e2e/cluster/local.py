@@ -61,13 +61,24 @@ WITHOUT_CONTROLLERS = (
     "ttl-controller",
 )
 
-# Who did what, one line for each finished request. Health checks are left out: they would be most of it.
+# Who did what, one line for each finished request; of what isolates and of what makes pods also for which owner. Health
+# checks are left out: they would be most of it.
 AUDIT_POLICY = {
     "apiVersion": "audit.k8s.io/v1",
     "kind": "Policy",
     "omitStages": ["RequestReceived", "ResponseStarted"],
     "rules": [
         {"level": "None", "nonResourceURLs": ["/healthz*", "/livez*", "/readyz*"]},
+        {
+            "level": "Request",
+            "verbs": ["create", "update", "patch"],
+            "resources": [
+                {"group": "networking.k8s.io", "resources": ["networkpolicies"]},
+                {"group": "apps", "resources": ["deployments", "statefulsets"]},
+                {"group": "batch", "resources": ["jobs"]},
+            ],
+            "omitManagedFields": True,
+        },
         {"level": "Metadata"},
     ],
 }

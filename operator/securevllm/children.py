@@ -59,11 +59,14 @@ class Cache(Protocol):
     def all(self, kind: Kind, namespace: str | None = None) -> Sequence[KubeObject]:
         """Objects of a kind, of one namespace when it is given."""
 
-    def put(self, obj: KubeObject) -> object:
-        """Take the answer to an own write, unless a newer state is known."""
+    def put(self, obj: KubeObject) -> None:
+        """Take what a look found, unless a newer state is known."""
 
-    def forget(self, ref: Ref) -> None:
-        """What is known of the object is old: the next look goes to the API server."""
+    def wrote(self, obj: KubeObject) -> None:
+        """Take the answer to an own write: its event will wake nobody."""
+
+    def forget(self, obj: KubeObject) -> None:
+        """This state is old: unless a newer one is known, the next look goes to the API server."""
 
 
 @dataclass
@@ -187,13 +190,13 @@ class Children:
             if memory.applied == wanted:
                 self._note_repair(ref, memory)
             await self._kubernetes.delete(ref, uid=live["metadata"]["uid"])
-            self._cache.forget(ref)
+            self._cache.forget(live)
             raise Unavailable(f"{ref} is made anew", reason=WAITING)
         # The same again: somebody has changed or deleted it, be it the hash alone.
         drifted = memory.applied == wanted and action is not Action.KEEP
         if live is None or action is Action.APPLY:
             live = await self._kubernetes.apply(obj)
-            self._cache.put(live)
+            self._cache.wrote(live)
             memory.applied = wanted
             action = drift.judge(obj, live, None)
         if action is not Action.KEEP:
@@ -201,7 +204,7 @@ class Children:
             added = [*drift.additions(obj, live)][:5]
             log.info("drift repaired", kind=ref.kind.kind, name=ref.name, added=added)
             live = await self._kubernetes.replace(drift.replacement(obj, live))
-            self._cache.put(live)
+            self._cache.wrote(live)
         memory.settled, memory.applied = drift.footprint(obj, live), wanted
         if drifted:
             self._note_repair(ref, memory)
@@ -267,10 +270,11 @@ class Children:
         if live is None:
             try:
                 live = await self._kubernetes.create(obj | {"data": content(None)})
+                self._cache.wrote(live)
             except AlreadyExists:
                 # Somebody was faster, perhaps ourselves before a crash: what is there counts.
                 live = await self._kubernetes.get(ref)
-            self._cache.put(live)
+                self._cache.put(live)
         self.check_owner(live, uid)
         wanted = {**live, "data": content(live)}
         metadata = obj["metadata"]
@@ -278,7 +282,7 @@ class Children:
         wanted["metadata"] = {**live["metadata"], "labels": labels, "ownerReferences": metadata["ownerReferences"]}
         if wanted != live:
             live = await self._kubernetes.replace(wanted)
-            self._cache.put(live)
+            self._cache.wrote(live)
         return live
 
     async def prune(self, uid: str, keep: set[Ref], kinds: frozenset[Kind]) -> Outcome:
@@ -330,7 +334,7 @@ class Children:
                 log.info(why, kind=ref.kind.kind, name=ref.name)
             except ApiError as error:
                 outcome += failed(obj, error)
-            self._cache.forget(ref)
+            self._cache.forget(obj)
             self._memory.pop(ref, None)
         return outcome
 

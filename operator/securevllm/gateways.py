@@ -205,9 +205,9 @@ class ReadBack:
             return
         body = {"metadata": {"annotations": {REVISION_ANNOTATION: revision}, "uid": pod["metadata"]["uid"]}}
         try:
-            self._cache.put(await self._kubernetes.patch(Ref.of(pod), body))
+            self._cache.wrote(await self._kubernetes.patch(Ref.of(pod), body))
         except (NotFound, Conflict):
-            self._cache.forget(Ref.of(pod))
+            self._cache.forget(pod)
         except Forbidden as error:
             name = pod["metadata"]["name"]
             log.warning("gateway pod not nudged, kubelet takes up to 80 s", pod=name, error=str(error))

@@ -97,9 +97,9 @@ class DefaultDeny:
         try:
             await self._kubernetes.delete(ref, uid=metadata["uid"], resource_version=metadata["resourceVersion"])
         except Conflict:
-            self._cache.forget(ref)
+            self._cache.forget(deny)
             return _AGAIN
-        self._cache.forget(ref)
+        self._cache.forget(deny)
         del self._empty_since[namespace]
         log.info("default-deny removed: no resource and no pod is left", namespace=namespace)
         return None

@@ -212,8 +212,10 @@ class _Seen:
         # A look that began before the pod was made must not hide it: see ``look``.
         self._pods[Ref.of(obj)] = obj
 
-    def forget(self, ref: Ref) -> None:
-        self._pods.pop(ref, None)
+    wrote = put
+
+    def forget(self, obj: KubeObject) -> None:
+        self._pods.pop(Ref.of(obj), None)
 
     async def look(self, kubernetes: Kubernetes, namespaces: Iterable[str]) -> None:
         for namespace in namespaces:

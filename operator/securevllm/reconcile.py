@@ -157,10 +157,11 @@ class Reconciler:
             if claimed is None:
                 self._forget(key)
                 return _RESYNC
-            self._cache.put(claimed)
-            return await self._reconcile(key, claimed)
+            resource = claimed
+            self._cache.wrote(resource)
+            return await self._reconcile(key, resource)
         except (Conflict, NotFound):
-            self._cache.forget(ref)  # it moved under us, or was recreated
+            self._cache.forget(resource)  # it moved under us, or was recreated
             raise
 
     async def _reconcile(self, key: Key, resource: KubeObject) -> float:
@@ -307,7 +308,7 @@ class Reconciler:
             await self._kubernetes.delete(Ref.of(job), uid=job["metadata"]["uid"])
         except ApiError as error:
             return failed(job, error)
-        self._cache.forget(Ref.of(job))
+        self._cache.forget(job)
         return Outcome()
 
     # -------------------------------------------------------------------------------------------------------- bring
@@ -497,7 +498,7 @@ class Reconciler:
         if {name: before.get(name) for name in after} == after:
             return
         ref = Ref.of(resource)
-        self._cache.put(await self._kubernetes.patch_status(ref, after, uid=metadata["uid"]))
+        self._cache.wrote(await self._kubernetes.patch_status(ref, after, uid=metadata["uid"]))
         for change in transitions(before.get("conditions", ()), after["conditions"]):
             await self._kubernetes.post_event(
                 resource, reason=change.reason, note=change.message, action="Reconcile", warning=change.warning

@@ -288,11 +288,11 @@ class Rollout:
         try:
             patched = await self._kubernetes.patch(ref, body, subresource="status", content_type=STRATEGIC_MERGE_PATCH)
         except (NotFound, Conflict):
-            self._cache.forget(ref)  # gone, or another pod of its name; the watch tells
+            self._cache.forget(pod)  # gone, or another pod of its name; the watch tells
         except ApiError as error:
             return failed(pod, error, ENGINE)
         else:
-            self._cache.put(patched)
+            self._cache.wrote(patched)
         return Outcome()
 
     # ------------------------------------------------------------------------------------------------------- bring
@@ -336,7 +336,7 @@ class Rollout:
         try:
             await self._kubernetes.delete(ref, uid=obj["metadata"]["uid"])
         except Conflict:
-            self._cache.forget(ref)  # another one of its name
+            self._cache.forget(obj)  # another one of its name
         except ApiError as error:
             return failed(obj, error, ENGINE)
         log.info("deleted", kind=obj["kind"], name=ref.name)

@@ -1,8 +1,12 @@
 """A cache of the objects that are watched: what the operator believes the cluster looks like.
 
-Filled by lists, by watch events and by the answers to the operator's own writes, in any order: of one object the
-highest resourceVersion wins, and what was deleted does not come back by an older message. Not thread-safe: it belongs
-to the event loop's thread.
+Filled by lists and watch events (`hear`), by looks (`put`) and by the answers to the operator's own writes (`wrote`),
+in any order: of one object the highest resourceVersion wins, and what was deleted does not come back by an older
+message. Not thread-safe: it belongs to the event loop's thread.
+
+What is known and what was heard are two things. A look, or the answer to a write, also carries what somebody else
+changed a moment before; that one's event must still wake a reconcile, although the cache holds a newer state by then.
+Only the event of an own write is no news.
 
 Objects are shared, not copied: whoever reads one must not change it.
 """
@@ -43,13 +47,28 @@ class Change:
     new: KubeObject | None
 
 
+_Where = tuple[str | None, str]
+"""Namespace and name."""
+
+
 @dataclass
 class _Shelf:
-    """The objects of one kind."""
+    """The objects of one kind.
+
+    Attributes:
+        watched: the kind.
+        objects: the newest known, by namespace and name.
+        gone: version of the deletion of what is not there.
+        heard: the newest version that a list or an event told.
+        own: versions made by own writes, of which no event was heard yet.
+        listed_at: version of the last list, by namespace.
+    """
 
     watched: Watched
     objects: dict[str | None, dict[str, KubeObject]] = field(default_factory=dict)
-    gone: dict[tuple[str | None, str], int] = field(default_factory=dict)
+    gone: dict[_Where, int] = field(default_factory=dict)
+    heard: dict[_Where, int] = field(default_factory=dict)
+    own: dict[_Where, set[int]] = field(default_factory=dict)
     listed_at: dict[str | None, int] = field(default_factory=dict)
 
 
@@ -111,23 +130,51 @@ class Store:
         """All objects, of every kind, that `index` filed under this word; do not change them."""
         return [*self._indexed.get(word, {}).values()]
 
-    def put(self, obj: KubeObject) -> Change | None:
-        """Take an object in, from a watch event or from the answer to a write.
+    def hear(self, obj: KubeObject, *, listed: bool = False) -> Change | None:
+        """Take in what a watch told.
+
+        Args:
+            obj: as it is, or was.
+            listed: by a list: it leaves out what was between two versions, so of an own one it is not known what else
+                it holds.
 
         Returns:
-            What changed; None when this version, or a newer one, or a later deletion is known already.
+            What changed; None when it was told before, or is an own write, or a later deletion is known already.
         """
+        ref, version = Ref.of(obj), _version(obj)
+        shelf, where = self._shelf(ref.kind), (ref.namespace, ref.name)
+        old = self.get(ref)
+        news = version > max(shelf.heard.get(where, -1), shelf.gone.get(where, -1))
+        self.put(obj)
+        if news:
+            shelf.heard[where] = version
+            own = shelf.own.pop(where, set())
+            if later := {written for written in own if written > version}:
+                shelf.own[where] = later
+            news = listed or version not in own
+        new = self.get(ref)
+        return Change(old, new) if news or old is not new else None
+
+    def put(self, obj: KubeObject) -> None:
+        """Take in what a look found, unless this version, or a newer one, or a later deletion is known already."""
         ref, version = Ref.of(obj), _version(obj)
         shelf = self._shelf(ref.kind)
         old = self.get(ref)
         known = _version(old) if old is not None else shelf.gone.get((ref.namespace, ref.name), -1)
         if version <= known:
-            return None
+            return
         shelf.gone.pop((ref.namespace, ref.name), None)
         new = obj if shelf.watched.managed_fields else _without_managed_fields(obj)
         shelf.objects.setdefault(ref.namespace, {})[ref.name] = new
         self._file(ref, old, new)
-        return Change(old, new)
+
+    def wrote(self, obj: KubeObject) -> None:
+        """Take in the answer to an own write."""
+        ref, version = Ref.of(obj), _version(obj)
+        shelf, where = self._shelf(ref.kind), (ref.namespace, ref.name)
+        if version > shelf.heard.get(where, -1):
+            shelf.own.setdefault(where, set()).add(version)
+        self.put(obj)
 
     def remove(self, obj: KubeObject) -> Change | None:
         """Take in that an object was deleted; `obj` is its last state, with the resourceVersion of the deletion.
@@ -135,12 +182,19 @@ class Store:
         Returns:
             What changed; None when it is unknown, or known in a newer version (recreated under its name).
         """
-        return self._remove(Ref.of(obj), _version(obj))
+        ref = Ref.of(obj)
+        forgotten = self.get(ref) is None and (ref.namespace, ref.name) in self._shelf(ref.kind).heard
+        change = self._remove(ref, _version(obj))
+        return Change(obj, None) if forgotten else change
 
-    def forget(self, ref: Ref) -> None:
-        """Drop what is known of an object, because a write has shown that it is old; the next message fills it in."""
+    def forget(self, obj: KubeObject) -> None:
+        """Drop a state of an object that a write has shown to be old; the next message, or a look, fills it in.
+
+        A newer state stays: its message has come, and will not come again.
+        """
+        ref = Ref.of(obj)
         old = self.get(ref)
-        if old is not None:
+        if old is not None and _version(old) <= _version(obj):
             del self._shelf(ref.kind).objects[ref.namespace][ref.name]
             self._file(ref, old, None)
 
@@ -150,7 +204,7 @@ class Store:
         Deletions that a watch never reported are found here.
         """
         shelf = self._shelf(kind)
-        changes = [self.put(obj) for obj in listing.items]
+        changes = [self.hear(obj, listed=True) for obj in listing.items]
         listed = {Ref.of(obj) for obj in listing.items}
         # `_remove` leaves alone what is newer than the list: created, or written by us, while it was under way.
         missing = [ref for ref in map(Ref.of, self.all(kind, namespace)) if ref not in listed]
@@ -163,6 +217,9 @@ class Store:
             for where, version in shelf.gone.items()
             if version > limit or namespace not in (None, where[0])
         }
+        for told in (shelf.heard, shelf.own):
+            for where in [where for where in told if namespace in (None, where[0]) and self._unknown(shelf, where)]:
+                del told[where]
         self._unlisted.discard((shelf.watched, namespace))
         return [change for change in changes if change is not None]
 
@@ -173,6 +230,8 @@ class Store:
             return None
         where = (ref.namespace, ref.name)
         shelf.gone[where] = max(version, shelf.gone.get(where, -1))
+        shelf.heard.pop(where, None)
+        shelf.own.pop(where, None)
         if old is None:
             return None
         names = shelf.objects[ref.namespace]
@@ -181,6 +240,11 @@ class Store:
             del shelf.objects[ref.namespace]
         self._file(ref, old, None)
         return Change(old, None)
+
+    @staticmethod
+    def _unknown(shelf: _Shelf, where: _Where) -> bool:
+        """Forgotten, and gone since: no event will come."""
+        return where[1] not in shelf.objects.get(where[0], {})
 
     def _file(self, ref: Ref, old: KubeObject | None, new: KubeObject | None) -> None:
         for word in self._index(old) if old is not None else ():

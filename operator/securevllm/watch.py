@@ -172,11 +172,12 @@ class Watcher(Generic[K]):
 
     def _take_event(self, kind: Kind, event_type: str | None, obj: KubeObject) -> None:
         self._heard_of(kind)
-        if event_type is None:
-            self._gap.set()
-        change = self._store.remove(obj) if event_type == "DELETED" else self._store.put(obj)
+        listed = event_type is None
+        change = self._store.remove(obj) if event_type == "DELETED" else self._store.hear(obj, listed=listed)
         if change is not None:
             self._tell(change)
+        if listed:
+            self._gap.set()
 
     def _tell(self, change: Change) -> None:
         states = (state for state in (change.old, change.new) if state is not None)

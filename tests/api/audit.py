@@ -28,6 +28,7 @@ class Request:
         code: HTTP status.
         user: for example ``system:serviceaccount:ns:name``.
         agent: User-Agent.
+        owner: uid of the controller that the body names: of policies and of what makes pods (e2e.cluster.local).
     """
 
     began: str
@@ -40,6 +41,7 @@ class Request:
     code: int
     user: str
     agent: str
+    owner: str = ""
 
     @property
     def done(self) -> bool:
@@ -92,6 +94,7 @@ def named(requests: list[Request], resource: str, name: str, *, verb: str = "") 
 
 def _request(event: dict[str, Any]) -> Request:
     reference = event.get("objectRef", {})
+    owners = event.get("requestObject", {}).get("metadata", {}).get("ownerReferences", ())
     return Request(
         began=event["requestReceivedTimestamp"],
         ended=event["stageTimestamp"],
@@ -103,4 +106,5 @@ def _request(event: dict[str, Any]) -> Request:
         code=event.get("responseStatus", {}).get("code", 0),
         user=event["user"].get("username", ""),
         agent=event.get("userAgent", ""),
+        owner=next((owner["uid"] for owner in owners if owner.get("controller")), ""),
     )

@@ -223,34 +223,34 @@ _WORKLOADS = {"deployments": r"$", "jobs": r"(?<=-fetch)-\w+$", "statefulsets": 
 
 
 def policies_before_pods(requests: Sequence[Request], users: set[str]) -> list[str]:
-    """Writes of pod templates by operators before the policies of that resource had been made.
+    """Writes of pod templates by operators before the policies of that resource (that very uid) had been made.
 
     A policy that a person deletes counts as there: no operator can close the moment between the deletion and its own
-    next look, and the default-deny is what isolates then. A resource that is created (by apply) begins without any.
-    A write that the server broke off (5xx: its client was killed) may have reached the storage all the same.
+    next look, and the default-deny is what isolates then. A resource that is made anew begins without any; what is
+    still on its way for the one before it does not count against it. A write that the server broke off (5xx: its client
+    was killed) may have reached the storage all the same.
 
     Args:
         requests: all requests to one namespace, of everybody, in the order of the audit log.
         users: the operators.
     """
-    made: set[str] = set()
+    made: set[tuple[str, str]] = set()
     told = []
     for request in requests:
         if request.subresource or request.verb not in WRITES or not _counts(request):
             continue
-        if request.resource == "securevllmdeployments" and request.code == httpx.codes.CREATED:
-            own = re.compile(rf"{re.escape(request.name)}-(engine|engine-worker|gateway|fetch|e\d+)")
-            made = {name for name in made if not own.fullmatch(name)}
-        elif request.resource == "networkpolicies":
+        if request.user not in users:
+            continue
+        if request.resource == "networkpolicies":
             if request.verb != "delete":
-                made.add(request.name)
-            elif request.user in users:
-                made.discard(request.name)
-        elif request.resource in _WORKLOADS and request.user in users and request.verb != "delete":
+                made.add((request.name, request.owner))
+            else:
+                made = {policy for policy in made if policy[0] != request.name}
+        elif request.resource in _WORKLOADS and request.verb != "delete":
             policy = re.sub(_WORKLOADS[request.resource], "", request.name)
-            if missing := {DENY_NAME, policy} - made:
-                what = f"{request.verb} {request.resource} {request.name}"
-                told.append(f"{what} at {request.began}: no {', '.join(sorted(missing))}")
+            if missing := {(DENY_NAME, ""), (policy, request.owner)} - made:
+                what = f"{request.verb} {request.resource} {request.name} of {request.owner or 'nobody'}"
+                told.append(f"{what} at {request.began}: no {', '.join(sorted(name for name, _ in missing))}")
     return told
 
 

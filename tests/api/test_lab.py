@@ -19,18 +19,23 @@ from tests.api.link import Cut, Link
 OPERATOR, PERSON, KUBELET = "operator", "person", "kubelet"
 
 
-def request(verb: str, resource: str, name: str = "", *, code: int = 200, user: str = OPERATOR) -> Request:
-    return Request("", "", verb, resource, "ns", name, "", code, user, "")
+def request(
+    verb: str, resource: str, name: str = "", *, code: int = 200, user: str = OPERATOR, owner: str = ""
+) -> Request:
+    return Request("", "", verb, resource, "ns", name, "", code, user, "", owner)
 
 
-POLICIES = [request("patch", "networkpolicies", name, code=201) for name in (DENY_NAME, "llama-engine")]
+POLICIES = [
+    request("patch", "networkpolicies", DENY_NAME, code=201),
+    request("patch", "networkpolicies", "llama-engine", code=201, owner="one"),
+]
 POD = request("create", "pods", code=201, user="replicaset-controller")
 GONE = request("delete", "pods", "llama-engine-1", user=KUBELET)
 NO_DENY = request("delete", "networkpolicies", DENY_NAME)
 
 
 def test_a_pod_template_before_its_policies_is_seen_and_one_after_them_is_not() -> None:
-    template = request("patch", "deployments", "llama-engine", code=201)
+    template = request("patch", "deployments", "llama-engine", code=201, owner="one")
     assert policies_before_pods([*POLICIES, template], {OPERATOR}) == []
     for missing in POLICIES:
         found = policies_before_pods([*(item for item in POLICIES if item != missing), template, missing], {OPERATOR})
@@ -47,15 +52,19 @@ def test_a_pod_template_before_its_policies_is_seen_and_one_after_them_is_not() 
     ],
 )
 def test_each_kind_of_workload_needs_the_policy_of_its_pods(resource: str, name: str, policy: str) -> None:
-    workload = request("patch", resource, name, code=201)
-    there = request("patch", "networkpolicies", policy, code=201)
+    workload = request("patch", resource, name, code=201, owner="one")
+    there = request("patch", "networkpolicies", policy, code=201, owner="one")
     assert policies_before_pods([POLICIES[0], there, workload], {OPERATOR}) == []
     assert policies_before_pods([POLICIES[0], workload, there], {OPERATOR}) != []
-    # A resource that is made anew begins without any, and another one of nearly the same name does not.
-    anew = request("patch", "securevllmdeployments", "llama", code=201, user=PERSON)
-    assert policies_before_pods([POLICIES[0], there, anew, workload], {OPERATOR}) != []
-    other = request("patch", "securevllmdeployments", policy, code=201, user=PERSON)
-    assert policies_before_pods([POLICIES[0], there, other, workload], {OPERATOR}) == []
+    # A resource that is made anew begins without any, whatever still arrives for the one before it.
+    anew, its = replace(workload, owner="two"), replace(there, owner="two")
+    assert policies_before_pods([POLICIES[0], there, anew], {OPERATOR}) != []
+    assert policies_before_pods([POLICIES[0], there, its, anew, workload], {OPERATOR}) == []
+    # What a person wrote into the policies of before does not stand for those of the operator.
+    assert policies_before_pods([POLICIES[0], replace(there, user=PERSON), workload], {OPERATOR}) != []
+    # Removed by the operator, it is gone for every uid.
+    gone = request("delete", "networkpolicies", policy)
+    assert policies_before_pods([POLICIES[0], there, gone, workload], {OPERATOR}) != []
 
 
 def test_a_default_deny_that_goes_before_the_last_pod_is_seen_and_one_that_goes_after_it_is_not() -> None:

@@ -80,6 +80,21 @@ def one(items: set[Any]) -> bool:
     return len(items) == 1
 
 
+def described(kube: Kube, namespace: str, pods: dict[str, Pod]) -> str:
+    """What a failure has to say: the pods, and what the operator makes of them."""
+    lines = []
+    for name, pod in sorted(pods.items()):
+        metadata, status = pod.raw["metadata"], pod.raw.get("status", {})
+        states = {item["name"]: item["state"] for item in status.get("containerStatuses", ())}
+        lines.append(
+            f"{name} {pod.pair} {status.get('phase')} on {pod.raw['spec'].get('nodeName')}, ready {pod.ready},"
+            f" gate {pod.gate}, deleted {metadata.get('deletionTimestamp')}, {states}"
+        )
+    conditions = kube.get(svllm(namespace)).get("status", {}).get("conditions", ())
+    lines += [f"{item['type']} {item['status']}: {item['message']}" for item in conditions if "Ready" in item["type"]]
+    return "\n".join(lines)
+
+
 def uids(pods: dict[str, Pod], group: str) -> set[str]:
     return {pod.uid for name, pod in pods.items() if name.startswith(f"{group}-")}
 
@@ -93,7 +108,7 @@ def until_whole(kube: Kube, namespace: str, *groups: str, seconds: float = 40) -
 
     def there() -> dict[str, Pod]:
         pods = look(kube, namespace)
-        assert whole(pods, *groups), pods
+        assert whole(pods, *groups), described(kube, namespace, pods)
         return pods
 
     return eventually(there, seconds, pause=0.2)
@@ -143,7 +158,7 @@ def restarted_as_one(kube: Kube, namespace: str, before: dict[str, Pod], why: st
 
     def there() -> dict[str, Pod]:
         pods = look(kube, namespace)
-        assert whole(pods, "e0", "e1"), pods
+        assert whole(pods, "e0", "e1"), described(kube, namespace, pods)
         assert not uids(pods, "e0") & uids(before, "e0"), "no pod of the broken world is left"
         return pods
 
@@ -240,7 +255,7 @@ def test_a_container_that_restarts_ends_its_group_and_the_second_time_it_waits(
 
         def anew() -> dict[str, Pod]:
             pods = look(kube, namespace)
-            assert whole(pods, "e0"), pods
+            assert whole(pods, "e0"), described(kube, namespace, pods)
             assert not uids(pods, "e0") & uids(before, "e0")
             return pods
 
@@ -314,7 +329,7 @@ def test_groups_are_replaced_one_after_the_other_and_the_rest_serves(
 
             def replaced() -> dict[str, Pod]:
                 pods = look(kube, namespace)
-                assert whole(pods, *groups), pods
+                assert whole(pods, *groups), described(kube, namespace, pods)
                 assert not {pod.uid for pod in pods.values()} & {pod.uid for pod in before.values()}
                 return pods
 

@@ -161,7 +161,7 @@ async def test_what_was_deleted_before_a_stream_lists_is_found_without_waiting_f
         await until(lambda: store.unsynced() is None)
         # As if it had been there in our list, and deleted before kopf's.
         deleted = config_map(namespace, "deleted", "owner")
-        store.put(deleted | {"metadata": deleted["metadata"] | {"resourceVersion": "1"}})
+        store.hear(deleted | {"metadata": deleted["metadata"] | {"resourceVersion": "1"}})
         await until(lambda: store.get(Ref(CONFIG_MAP, namespace, "deleted")) is None)
         assert seen.keys.count("owner") == 1
         assert seen.missed == {"ConfigMap": 1}
@@ -175,13 +175,13 @@ async def test_what_is_known_already_wakes_nobody(
         await until(lambda: store.unsynced() is None)
         await streaming(kubernetes, store, namespace)
         for number in range(10):
-            store.put(await kubernetes.apply(config_map(namespace, f"a{number}", "me")))
+            store.wrote(await kubernetes.apply(config_map(namespace, f"a{number}", "me")))
         await until(lambda: len(store.all(CONFIG_MAP)) == 10)
         lists = seen.events["ConfigMap"]
         await until(lambda: seen.events["ConfigMap"] >= lists + 12)
         seen.keys.clear()
         for number in range(10):
-            store.put(await kubernetes.apply(config_map(namespace, f"a{number}", "me")))
+            store.wrote(await kubernetes.apply(config_map(namespace, f"a{number}", "me")))
         await until(lambda: seen.events["ConfigMap"] >= lists + 15)
 
         assert seen.keys == []
@@ -217,7 +217,7 @@ async def test_a_resync_finds_what_the_watch_did_not_report(
         # An object that the cache believes in and the cluster does not have: a deletion that fell into a gap.
         ghost = config_map(namespace, "ghost", "ghost-owner")
         ghost["metadata"]["resourceVersion"] = "2"
-        store.put(ghost)
+        store.hear(ghost)
         await until(lambda: store.get(Ref(CONFIG_MAP, namespace, "ghost")) is None)
 
     assert seen.keys == ["me", "ghost-owner"]

@@ -30,33 +30,33 @@ def test_of_one_object_the_highest_version_wins() -> None:
     cache = store()
     first, second = cm("a", 5), cm("a", 6)
 
-    assert cache.put(first) == Change(None, first)
-    assert cache.put(cm("a", 5)) is None
-    assert cache.put(second) == Change(first, second)
-    assert cache.put(cm("a", 4)) is None
+    assert cache.hear(first) == Change(None, first)
+    assert cache.hear(cm("a", 5)) is None
+    assert cache.hear(second) == Change(first, second)
+    assert cache.hear(cm("a", 4)) is None
     assert cache.get(Ref(CONFIG_MAP, "x", "a")) is second
 
 
 def test_versions_are_numbers_not_texts() -> None:
     cache = store()
-    cache.put(cm("a", 9))
+    cache.hear(cm("a", 9))
 
-    assert cache.put(cm("a", 10)) is not None
+    assert cache.hear(cm("a", 10)) is not None
 
 
 def test_a_deleted_object_does_not_come_back_by_an_older_message() -> None:
     cache = store()
-    cache.put(cm("a", 5))
+    cache.hear(cm("a", 5))
 
     assert cache.remove(cm("a", 7)) == Change(cm("a", 5), None)
-    assert cache.put(cm("a", 6)) is None
+    assert cache.hear(cm("a", 6)) is None
     assert cache.get(Ref(CONFIG_MAP, "x", "a")) is None
-    assert cache.put(cm("a", 8)) == Change(None, cm("a", 8))
+    assert cache.hear(cm("a", 8)) == Change(None, cm("a", 8))
 
 
 def test_a_late_deletion_does_not_remove_the_recreated_object() -> None:
     cache = store()
-    cache.put(cm("a", 9))
+    cache.hear(cm("a", 9))
 
     assert cache.remove(cm("a", 7)) is None
     assert cache.get(Ref(CONFIG_MAP, "x", "a")) == cm("a", 9)
@@ -66,13 +66,13 @@ def test_a_deletion_that_arrives_first_counts_too() -> None:
     cache = store()
 
     assert cache.remove(cm("a", 7)) is None
-    assert cache.put(cm("a", 6)) is None
+    assert cache.hear(cm("a", 6)) is None
 
 
 def test_a_list_finds_what_is_gone_new_and_changed() -> None:
     cache = store()
     for obj in (cm("gone", 1), cm("same", 2), cm("changed", 3), cm("just-written", 20)):
-        cache.put(obj)
+        cache.hear(obj)
 
     changes = cache.replace(CONFIG_MAP, None, Listing([cm("same", 2), cm("changed", 4), cm("new", 5)], 10))
 
@@ -94,7 +94,7 @@ def test_a_list_finds_what_is_gone_new_and_changed() -> None:
 
 def test_an_old_list_does_not_bring_back_what_was_deleted_meanwhile() -> None:
     cache = store()
-    cache.put(cm("a", 5))
+    cache.hear(cm("a", 5))
     cache.remove(cm("a", 12))
 
     assert cache.replace(CONFIG_MAP, None, Listing([cm("a", 5)], 10)) == []
@@ -104,7 +104,7 @@ def test_an_old_list_does_not_bring_back_what_was_deleted_meanwhile() -> None:
 def test_memories_of_deletions_are_forgotten_one_list_later() -> None:
     cache = store()
     for number in range(100):
-        cache.put(cm(f"a{number}", number))
+        cache.hear(cm(f"a{number}", number))
         cache.remove(cm(f"a{number}", 100 + number))
     cache.replace(CONFIG_MAP, None, Listing([], 300))
     assert len(cache._shelves[CONFIG_MAP].gone) == 100
@@ -131,8 +131,8 @@ def test_namespaces_are_listed_one_by_one_and_do_not_touch_each_other() -> None:
         (CONFIG_MAP, "y"),
         (NAMESPACE, None),
     ]
-    cache.put(cm("a", 1, "x"))
-    cache.put(cm("a", 1, "y"))
+    cache.hear(cm("a", 1, "x"))
+    cache.hear(cm("a", 1, "y"))
     cache.replace(CONFIG_MAP, "x", Listing([], 5))
 
     assert cache.all(CONFIG_MAP, "x") == []
@@ -179,8 +179,111 @@ def test_an_object_without_version_is_refused(version: dict[str, Any]) -> None:
         store().put(obj)
 
 
+def test_what_somebody_else_changed_right_before_an_own_write_is_still_told() -> None:
+    cache = store()
+    cache.hear(cm("a", 5))
+    cache.wrote(cm("a", 7))  # its answer holds version 6, of which no event has come yet
+
+    assert cache.hear(cm("a", 6)) == Change(cm("a", 7), cm("a", 7))
+    assert cache.hear(cm("a", 7)) is None, "the own write is no news"
+    assert cache.hear(cm("a", 8)) == Change(cm("a", 7), cm("a", 8))
+    assert cache.get(Ref(CONFIG_MAP, "x", "a")) == cm("a", 8)
+
+
+def test_of_several_own_writes_each_is_no_news_and_what_is_between_them_is() -> None:
+    cache = store()
+    cache.hear(cm("a", 5))
+    cache.wrote(cm("a", 6))
+    cache.wrote(cm("a", 8))
+
+    assert [cache.hear(cm("a", version)) is not None for version in (6, 7, 8)] == [False, True, False]
+    assert cache._shelves[CONFIG_MAP].own == {}
+
+
+def test_what_a_look_found_is_told_by_its_event_all_the_same() -> None:
+    cache = store()
+    cache.put(cm("a", 5))
+
+    assert cache.hear(cm("a", 5)) is not None
+    assert cache.hear(cm("a", 5)) is None
+
+
+def test_an_own_write_whose_event_came_before_the_answer_is_not_waited_for() -> None:
+    cache = store()
+    assert cache.hear(cm("a", 5)) is not None
+    cache.wrote(cm("a", 5))
+
+    assert cache._shelves[CONFIG_MAP].own == {}
+
+
+def test_a_list_tells_an_own_write_whose_event_it_overtakes() -> None:
+    cache = store()
+    cache.hear(cm("a", 5))
+    cache.wrote(cm("a", 7))
+
+    changes = cache.replace(CONFIG_MAP, None, Listing([cm("a", 7)], 9))
+    assert changes == [Change(cm("a", 7), cm("a", 7))], "what was version 6?"
+    assert cache.replace(CONFIG_MAP, None, Listing([cm("a", 7)], 10)) == []
+
+
+def test_only_the_state_that_a_write_has_shown_to_be_old_is_forgotten() -> None:
+    cache = store()
+    cache.hear(cm("a", 5))
+    cache.hear(cm("a", 7))  # made anew, and its event was taken
+
+    cache.forget(cm("a", 5))  # a deletion of the first was refused
+    assert cache.get(Ref(CONFIG_MAP, "x", "a")) == cm("a", 7)
+    cache.forget(cm("a", 7))
+    assert cache.get(Ref(CONFIG_MAP, "x", "a")) is None
+    cache.forget(cm("a", 7))
+
+
+def test_the_deletion_of_what_was_forgotten_is_told() -> None:
+    cache = store()
+    cache.hear(cm("a", 5))
+    cache.forget(cm("a", 5))
+
+    assert cache.remove(cm("a", 6)) == Change(cm("a", 6), None)
+    assert cache.remove(cm("a", 6)) is None
+
+
+def test_a_list_brings_back_what_was_forgotten() -> None:
+    cache = store()
+    for obj in (cm("a", 5), cm("b", 6)):
+        cache.hear(obj)
+        cache.forget(obj)
+
+    assert cache.replace(CONFIG_MAP, None, Listing([cm("a", 5)], 9)) == [Change(None, cm("a", 5))]
+    assert {*cache._shelves[CONFIG_MAP].heard} == {("x", "a")}, "of the other one no event will come"
+
+
 @given(
-    history=st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["put", "remove"])), max_size=30),
+    writers=st.lists(st.sampled_from(["own", "other"]), min_size=1, max_size=12),
+    dice=st.randoms(use_true_random=False),
+)
+@settings(max_examples=300, deadline=None)
+def test_whenever_the_answers_to_own_writes_come_every_change_of_somebody_else_is_told(
+    writers: list[str], dice: random.Random
+) -> None:
+    """Events come in their order; the answer to a write at any moment, also before those of older changes."""
+    cache = store()
+    cache.hear(cm("a", 1))
+    own = {version for version, writer in enumerate(writers, start=2) if writer == "own"}
+    events = [(version, "event", version) for version in range(2, len(writers) + 2)]
+    answers = [(dice.randrange(version + 1), "answer", version) for version in own]
+    told = set()
+    for _, what, version in sorted([*events, *answers]):  # at the same moment the answer is first
+        if what == "answer":
+            cache.wrote(cm("a", version))
+        elif cache.hear(cm("a", version)) is not None:
+            told.add(version)
+
+    assert told == {version for _, _, version in events} - own
+    assert cache._shelves[CONFIG_MAP].own == {}
+
+
+@given(
+    history=st.lists(st.tuples(st.sampled_from("abc"), st.sampled_from(["hear", "remove"])), max_size=30),
     seed=st.integers(0, 2**32),
     lists=st.lists(st.integers(0, 30), max_size=3),
 )
@@ -196,7 +299,7 @@ def test_in_any_order_and_with_any_repetition_the_cache_ends_at_the_truth(
         if what == "remove" and name not in truth:
             continue
         obj = cm(name, version, owner=name)
-        if what == "put":
+        if what == "hear":
             truth[name] = obj
         else:
             del truth[name]

@@ -121,8 +121,8 @@ def test_the_first_lists_are_repeated_until_all_have_answered() -> None:
 def test_a_resync_tells_both_owners_and_counts_what_was_missed() -> None:
     lists = Lists([cm("a", 7, "two"), cm("b", 8, "one")])
     store, observer, keys = Store([Watched(CONFIG_MAP)]), Quiet(), list[str]()
-    store.put(cm("a", 5, "one"))
-    store.put(cm("gone", 6, "three"))
+    store.hear(cm("a", 5, "one"))
+    store.hear(cm("gone", 6, "three"))
 
     run(watcher(lists, store, observer, keys)._list_all(first=False))
 

@@ -142,7 +142,7 @@ class Canaries:
     async def _create(self, pod: Object) -> KubeObject:
         made = await self._kubernetes.create(pod)
         self._made[made["metadata"]["name"]] = made["metadata"]["uid"]
-        self._cache.put(made)
+        self._cache.wrote(made)
         return made
 
     async def _end(self) -> None:
