@@ -248,7 +248,8 @@ def policies_before_pods(requests: Sequence[Request], users: set[str]) -> list[s
                 made = {policy for policy in made if policy[0] != request.name}
         elif request.resource in _WORKLOADS and request.verb != "delete":
             policy = re.sub(_WORKLOADS[request.resource], "", request.name)
-            if missing := {(DENY_NAME, ""), (policy, request.owner)} - made:
+            # One that names no owner says that the audit log tells too little.
+            if missing := {(DENY_NAME, ""), (policy, request.owner or "nobody")} - made:
                 what = f"{request.verb} {request.resource} {request.name} of {request.owner or 'nobody'}"
                 told.append(f"{what} at {request.began}: no {', '.join(sorted(name for name, _ in missing))}")
     return told
