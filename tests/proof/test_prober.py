@@ -11,6 +11,7 @@ from securevllm.api.parse import parse
 from securevllm.context import Context
 from securevllm.proof.dial import Listener, accepting, dial
 from securevllm.proof.prober import Gateways, Prober, Subject, Who
+from securevllm.proof.verdict import Proof
 from securevllm.proof.wire import Reach
 from securevllm.render.meta import Owner
 from securevllm.topology import plan
@@ -121,7 +122,126 @@ async def test_a_thousand_resources_are_measured_within_five_minutes_and_a_lapse
     assert other is not None
     assert (other.status, other.reason) == ("Unknown", "NoControl")
     # Fair: nobody had a second complete round before everybody had the first.
-    assert observer.rounds[: RESOURCES // 2].count("cheap") == 0
+    assert {track.rounds["complete"] for track in prober._tracks.values()} <= {0, 1}
+    assert observer.rounds.count("cheap") > RESOURCES // 2, "they did not wait for the dear ones"
+
+
+class Fast:
+    """A clock that runs twenty times as fast: 20 s between cheap rounds are one."""
+
+    def __call__(self) -> float:
+        return 1000.0 + 20 * time.monotonic()
+
+
+async def test_dear_rounds_that_do_not_end_hide_no_lapse_of_others() -> None:
+    async def dialled(address: str, _port: int, seconds: float) -> Reach:
+        if address.startswith("10.9."):
+            await asyncio.sleep(3600)
+        await asyncio.sleep(seconds / 100)
+        return Reach.OPEN if address == lapsing else Reach.SILENT
+
+    lapsing, cache, told = "", Cache(), asyncio.Event()
+    prober = Prober(
+        None, cache, None, Context(), now=lambda: datetime.now(UTC), monotonic=Fast(),  # type: ignore[arg-type]
+        changed=lambda who: told.set() if who.namespace == "apps" else None, observer=Observer(), others=no_others,
+        dial=dialled,
+    )  # fmt: skip
+    running = asyncio.create_task(prober.run())
+    for number in range(40):
+        owner = Owner("llama", f"ns{number}", f"uid-{number}")
+        cache.pods[owner.namespace] = [engine(owner, 0, f"10.9.0.{number}")]
+        prober.follow(subject(owner))
+    await asyncio.sleep(1)  # their changes are due, and nothing of theirs ever ends
+    owner = Owner("llama", "apps", "uid-1")
+    cache.pods["apps"] = [engine(owner, 0, "10.0.0.1")]
+    prober.follow(subject(owner), Proof("True", "Measured", "As it was."))
+    track = prober._tracks[owner.namespace, owner.name]  # type: ignore[index]
+    try:
+        async with asyncio.timeout(20):
+            while not track.rounds["cheap"]:  # noqa: ASYNC110 - nobody tells of a round that changes nothing
+                await asyncio.sleep(0.05)
+            lapsing = "10.0.0.1"
+            await told.wait()
+    finally:
+        running.cancel()
+        await asyncio.gather(running, return_exceptions=True)
+    assert track.proof is not None
+    assert track.proof.reason == "EngineReachable"
+    assert track.rounds["complete"] == 0, "all places for these were taken"
+
+
+async def test_silence_without_a_sign_of_life_renews_nothing_and_is_looked_into() -> None:
+    async def dialled(address: str, port: int, _seconds: float) -> Reach:
+        tried.append((address, port))
+        return Reach.OPEN if address in answering else Reach.SILENT
+
+    tried, answering, moment = list[tuple[str, int]](), {"10.0.1.1"}, 1000.0
+    owner, cache = Owner("llama", "apps", "uid-1"), Cache()
+    door = engine(owner, 1, "10.0.1.1")
+    door["metadata"]["labels"] = owner.pod_labels("gateway")
+    cache.pods["apps"] = [engine(owner, 0, "10.0.0.1"), door]
+    prober = Prober(
+        None, cache, None, Context(), now=lambda: datetime.now(UTC), monotonic=lambda: moment,  # type: ignore[arg-type]
+        changed=lambda _who: None, observer=Observer(), others=no_others, dial=dialled,
+    )  # fmt: skip
+    before = Proof("True", "Measured", "As it was.", "2026-11-30T00:00:00Z")
+    prober.follow(subject(owner), before)
+    track = prober._tracks[Who("apps", "llama")]
+    track.changed_at, track.canary_at = None, 10_000.0
+
+    await prober._turn(track, "cheap")
+    assert tried == [("10.0.0.1", 8000), ("10.0.1.1", 8443)]
+    assert track.proof == before
+    assert track.proof.verified_at > before.verified_at
+    assert track.due("complete") == 10_000.0
+
+    answering.clear()
+    track.proof = before
+    await prober._turn(track, "cheap")
+    assert (track.proof, track.proof.verified_at) == (before, before.verified_at)
+    assert track.due("complete") == moment, "what silences the gateway is looked into at once"
+    track.changed_at = None
+    cache.pods["apps"].pop()
+    await prober._turn(track, "full")
+    assert track.due("complete") == moment, "no gateway is no sign of life either"
+
+
+async def test_a_complete_round_of_a_large_resource_says_nothing_before_its_last_part_but_a_breach() -> None:
+    async def dialled(address: str, _port: int, _seconds: float) -> Reach:
+        tried.append(address)
+        return Reach.OPEN if address in reached else Reach.SILENT
+
+    tried, reached = list[str](), set[str]()
+    owner, cache = Owner("llama", "apps", "uid-1"), Cache()
+    cache.pods["apps"] = [engine(owner, number, f"10.0.0.{number}") for number in range(10, 30)]  # a node each
+    prober = Prober(
+        None, cache, None, Context(), now=lambda: datetime.now(UTC), monotonic=lambda: 1000.0,  # type: ignore[arg-type]
+        changed=lambda _who: None, observer=Observer(), others=no_others, dial=dialled,
+    )  # fmt: skip
+    before = Proof("True", "Measured", "As it was.", "2026-11-30T00:00:00Z")
+    prober.follow(subject(owner), before)
+    track = prober._tracks[Who("apps", "llama")]
+
+    async def part() -> tuple[int, str]:
+        tried.clear()
+        await prober._turn(track, "complete")
+        assert track.proof is not None
+        return len(tried), track.proof.reason
+
+    assert [await part() for _ in range(3)] == [(8, "Measured"), (8, "Measured"), (4, "NoControl")]
+    assert track.proof is not None
+    assert track.due("complete") > 1000.0, "with the last part it is over"
+    assert (await part())[0] == 8, "and begins anew"
+    reached |= {"10.0.0.19", "10.0.0.29"}
+    assert await part() == (9, "EngineReachable"), "one of the second part, tried twice; not that of the third"
+    assert "e19 " in track.proof.message
+    assert "e29 " not in track.proof.message
+    assert track.parts == ()
+    # A change in between begins anew, too.
+    reached.clear()
+    assert (await part())[0] == 8
+    track.changed_at = 1000.0
+    assert [(await part())[0] for _ in range(3)] == [8, 8, 4]
 
 
 async def test_a_port_that_the_spec_opens_to_somebody_is_not_tried_from_there_and_that_is_told() -> None:
@@ -143,7 +263,7 @@ async def test_a_port_that_the_spec_opens_to_somebody_is_not_tried_from_there_an
         spec = parse("llama", raw).spec
         seen = Subject(owner, spec, plan(spec, Context()), Gateways(8443, "", "", ()), interval=300.0)
         tried.clear()
-        return (await prober.round(seen, "full")).limits
+        return (await prober.look(seen, "full")).round.limits
 
     told = await limits(namespaceSelector={"matchLabels": {"kubernetes.io/metadata.name": "monitoring"}})
     assert (tried, [limit for limit in told if "metrics" in limit]) == ([8000, 9464], [])
@@ -173,7 +293,7 @@ async def test_pauses_between_measurements_that_show_nothing_grow_until_a_pod_co
         """Measure when it is due; how long until it is tried again."""
         nonlocal moment
         moment = track.canary_at if track.changed_at is None else track.changed_at
-        await prober._turn(track)
+        await prober._turn(track, "complete")
         return track.canary_at - moment
 
     assert [await pause() for _ in range(4)] == [60, 120, 240, 480]

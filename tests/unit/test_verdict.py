@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from securevllm.proof.verdict import Asked, Control, Proof, Question, Round, Sample, Vantage, judge
+from securevllm.proof.verdict import Asked, Control, Proof, Question, Round, Sample, Vantage, judge, merged
 from securevllm.proof.wire import Reach
 
 OPERATOR, CANARY = Vantage.OPERATOR, Vantage.CANARY
@@ -189,3 +189,22 @@ def test_unknown_is_no_breach() -> None:
     statuses = {case: judge(row[0], None).status for case, row in TABLE.items()}
     assert set(statuses.values()) == {"True", "False", "Unknown"}
     assert Proof("Unknown", "NoControl", "").status != "False"
+
+
+def test_parts_of_a_round_are_judged_as_one_each_with_its_own_controls() -> None:
+    here = replace(GOOD, targets=2, lacking=("No canary pod on n3.",))
+    there = replace(
+        GOOD,
+        samples=(sample(OPERATOR, pod="llama-1", node="n2"), sample(CANARY, pod="llama-1", node="n2")),
+        controls=(control(OPERATOR, node="n2"), control(CANARY, node="n2")),
+        targets=2,
+        lacking=("No canary pod on n3.", "No canary pod on n4."),
+    )
+    found = judge(merged((here, there)), None)
+    assert (found.status, found.reason) == ("True", "Measured")
+    assert "of 2 of 2 pods on 2 nodes" in found.message
+    assert found.message.count("No canary pod on n3.") == found.message.count("No canary pod on n4.") == 1
+    alone = replace(there, controls=())
+    assert judge(merged((here, alone)), None).reason == "NoControl", "the controls of a part are of its own nodes"
+    opened = replace(there, samples=(replace(OPENED, node="n2"),))
+    assert judge(merged((opened, here)), None).reason == "EngineReachable"

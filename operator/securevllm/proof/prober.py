@@ -5,14 +5,20 @@ ports are tried and the gateways are asked for forbidden routes. What shows that
 pods; those are made when something has changed, when the last verdict is not True (with growing pauses), and every few
 hours.
 
-Bounded: so many resources and so many connections at once, so many targets in a round; the rest comes in the next one.
-Fair: whoever has been due longest is next. It never sends a byte to an engine (``dial``).
+What the dearer round of a resource is due and has no place, the cheaper one is made: a queue for canary pods hides no
+lapse. Rounds without canary pods look whether a gateway takes a connection: where not even that is reached, silence
+shows nothing, and a complete round is due.
+
+Bounded: so many resources of each tier and so many connections at once. A complete round of a large resource is made of
+parts, each of so many nodes and targets; it says nothing new before the last of them, but a breach. Fair: whoever has
+been due longest is next. It never sends a byte to an engine (``dial``).
 """
 
 from __future__ import annotations
 
 import asyncio
 import base64
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -40,7 +46,7 @@ from securevllm.proof.targets import (
     one_per_group,
     shut,
 )
-from securevllm.proof.verdict import Control, Proof, Question, Round, Sample, Vantage, judge
+from securevllm.proof.verdict import Control, Proof, Question, Round, Sample, Vantage, judge, merged
 from securevllm.proof.wire import Reach, Target
 from securevllm.render import canary
 from securevllm.render.meta import RESOURCE_LABEL
@@ -72,9 +78,13 @@ _CHANGE_SECONDS = 5.0
 """Pods come and go in numbers: a change is measured when it has settled."""
 _RETRY_SECONDS = 60.0
 _DIAL_SECONDS = 1.0
-_RESOURCES, _CANARIES, _CONNECTIONS = 32, 8, 128
+_AT_ONCE = {"complete": 16, "full": 16, "cheap": 64}
+"""Resources in a round of each tier, the dearest first."""
+_CONNECTIONS = 128
 _TARGETS = 128
 _NODES = 8
+_SIGNS = 2
+"""Gateways that are tried for a sign of life."""
 _TICK = 0.5
 
 
@@ -156,22 +166,38 @@ class _Track:
     full_at: float = 0.0
     canary_at: float = 0.0
     retry: float = _RETRY_SECONDS
-    round: int = 0
+    rounds: Counter[str] = field(default_factory=Counter)
     running: bool = False
     pods: frozenset[tuple[str, str]] = frozenset()
+    tried: frozenset[Endpoint] = frozenset()
+    parts: tuple[Round, ...] = ()
 
-    def due(self) -> tuple[float, str]:
-        """When the next round is due, and which tier: the dearest that is due covers the others."""
-        complete = self.canary_at if self.changed_at is None else min(self.canary_at, self.changed_at)
-        return min((complete, "complete"), (self.full_at, "full"), (self.cheap_at, "cheap"))
+    def due(self, tier: str) -> float:
+        """When the next round of a tier is due."""
+        if tier == "complete":
+            return self.canary_at if self.changed_at is None else min(self.canary_at, self.changed_at)
+        return self.full_at if tier == "full" else self.cheap_at
 
-    def tier(self, now: float) -> str | None:
-        """What is due now."""
-        complete = self.canary_at if self.changed_at is None else min(self.canary_at, self.changed_at)
-        for moment, tier in ((complete, "complete"), (self.full_at, "full"), (self.cheap_at, "cheap")):
-            if now >= moment:
-                return tier
-        return None
+    def again(self) -> None:
+        """Drop the parts of a complete round that was begun."""
+        self.tried, self.parts = frozenset(), ()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What one turn of a resource saw.
+
+    Attributes:
+        round: that is judged.
+        alive: what has to answer did: the silence of others is not for want of a way out.
+        tried: what this part of a complete round tried.
+        left: whether a complete round has further parts.
+    """
+
+    round: Round
+    alive: bool = True
+    tried: frozenset[Endpoint] = frozenset()
+    left: bool = False
 
 
 class Prober:
@@ -209,7 +235,6 @@ class Prober:
         self._dial_once, self._others = dial, others
         self._tracks: dict[Who, _Track] = {}
         self._connections = asyncio.Semaphore(_CONNECTIONS)
-        self._canary_slots = asyncio.Semaphore(_CANARIES)
 
     # ------------------------------------------------------------------------------------------- what it is asked for
 
@@ -251,51 +276,71 @@ class Prober:
         Raises:
             LeadershipLost: somebody else leads.
         """
-        running: set[asyncio.Task[None]] = set()
+        running: dict[asyncio.Task[None], str] = {}
         try:
             while True:
-                now = self._monotonic()
-                waiting = [track for track in self._tracks.values() if not track.running and track.tier(now)]
-                waiting.sort(key=lambda track: track.due()[0])
-                for track in waiting[: _RESOURCES - len(running)]:
+                for tier, track in self._next(Counter(running.values())):
                     track.running = True
-                    running.add(asyncio.create_task(self._turn(track), name=f"probe {track.subject.who}"))
-                done, running = await _wait(running, _TICK)
-                for task in done:
+                    running[asyncio.create_task(self._turn(track, tier), name=f"probe {track.subject.who}")] = tier
+                for task in await _ended({*running}, _TICK):
+                    del running[task]
                     task.result()
         finally:
             for task in running:
                 task.cancel()
             await asyncio.gather(*running, return_exceptions=True)
 
-    async def _turn(self, track: _Track) -> None:
-        tier = track.tier(self._monotonic()) or "cheap"
+    def _next(self, running: Counter[str]) -> list[tuple[str, _Track]]:
+        """Whose turn it is: who has waited longest. Of its tiers the dearest that has a place covers the others."""
+        now, found = self._monotonic(), list[tuple[str, _Track]]()
+        idle = [track for track in self._tracks.values() if not track.running]
+        for tier, places in _AT_ONCE.items():
+            due = sorted((track for track in idle if now >= track.due(tier)), key=lambda track: track.due(tier))
+            chosen = due[: max(0, places - running[tier])]
+            found += [(tier, track) for track in chosen]
+            taken = {id(track) for track in chosen}
+            idle = [track for track in idle if id(track) not in taken]
+        return found
+
+    async def _turn(self, track: _Track, tier: str) -> None:
         subject, began = track.subject, self._monotonic()
         if tier == "complete":
+            if track.changed_at is not None:
+                track.again()
             track.changed_at = None
         try:
-            seen = await self.round(subject, tier, track.round)
+            seen = await self.look(subject, tier, track.rounds[tier], track.tried)
             self._decide(track, tier, seen)
         except LeadershipLost:
             raise
         except Exception:
             # One resource's trouble must not end the measuring of the others.
             log.exception("a round failed", namespace=subject.owner.namespace, resource=subject.owner.name, tier=tier)
+            track.again()
         finally:
             self._schedule(track, tier)
             track.running = False
+            track.rounds[tier] += 1
         self._observer.probed(tier, self._monotonic() - began)
 
-    def _decide(self, track: _Track, tier: str, seen: Round) -> None:
+    def _decide(self, track: _Track, tier: str, seen: Seen) -> None:
         if self._tracks.get(track.subject.who) is not track:
             return  # forgotten or replaced meanwhile
-        before = track.proof
-        after = judge(seen, before)
+        before, found = track.proof, seen.round
         if tier == "complete":
-            track.round += 1
-        elif after.reason == "EngineReachable" and not any(item.reach is Reach.OPEN for item in seen.samples):
-            track.changed_at = self._monotonic()  # it seems to be over: only a complete round may say so
-        if after.status != "Unknown":
+            found = merged((*track.parts, found))
+            after = judge(replace(found, complete=not seen.left), before)
+            track.tried, track.parts = track.tried | seen.tried, (found,)
+            if not seen.left or (after.status == "False" and after is not before):
+                track.again()
+        else:
+            after = judge(found, before)
+            if before is None and after.reason == "NotMeasured":
+                return  # as before
+            over = after.reason == "EngineReachable" and not any(item.reach is Reach.OPEN for item in found.samples)
+            if over or (after.status == "True" and not seen.alive):
+                track.changed_at = self._monotonic()  # only a complete round may say so
+        if after.status != "Unknown" and (after is not before or (seen.alive and not seen.left)):
             moment = self._now()
             self._observer.verified(*track.subject.who, moment.timestamp())
             after = replace(after, verified_at=moment.strftime("%Y-%m-%dT%H:%M:%SZ"))
@@ -311,7 +356,9 @@ class Prober:
         if tier != "cheap":
             track.full_at = now + track.subject.interval
         good = proof is not None and proof.status == "True"
-        if tier != "complete":
+        if tier == "complete" and track.parts:
+            track.canary_at = now  # the next part, after whoever has waited longer
+        elif tier != "complete":
             if not good:  # a breach: when it is over has to be seen soon
                 track.canary_at = min(track.canary_at, now + track.retry)
         elif good:
@@ -324,35 +371,51 @@ class Prober:
 
     # ------------------------------------------------------------------------------------------------------- one round
 
-    async def round(self, subject: Subject, tier: str, number: int = 0) -> Round:
+    async def look(
+        self, subject: Subject, tier: str, number: int = 0, tried: frozenset[Endpoint] = frozenset()
+    ) -> Seen:
         """Look once.
 
         Args:
             subject: the resource.
             tier: ``cheap``, ``full`` or ``complete``.
-            number: of the round; each begins with other targets when there are too many for one.
+            number: of the rounds of this tier; each begins with other targets when there are too many for one.
+            tried: by the parts of a complete round so far.
         """
         found = endpoints(subject.topology, self._pods(subject.owner))
         targets = len({endpoint.pod for endpoint in found})
         if tier == "cheap":
             # The first of each group that is shut from here, not the first of all.
-            mine = one_per_group(shut(subject.topology, found, self._here(subject)))
-            return Round(samples=await self._samples(subject, mine), targets=targets)
+            first = one_per_group(shut(subject.topology, found, self._here(subject)))
+            mine = _rotated(first, number * _TARGETS, _TARGETS)
+            samples, alive = await asyncio.gather(self._samples(subject, mine), self._alive(subject, number))
+            return Seen(Round(samples=samples, targets=targets), alive=alive)
         places: dict[str, Place] = {
             Vantage.OPERATOR: self._here(subject),
             Vantage.CANARY: canary_place(self._maker(subject)),
         }
         open_ones = left_out(subject.topology, found, places)
         limits = (*LIMITS, *subject.limits, *open_ones, *await self._others(subject.owner.namespace))
-        chosen = _rotated(found, number * _TARGETS, _TARGETS)
         if tier == "full":
-            samples, questions = await asyncio.gather(self._samples(subject, chosen), self._ask(subject))
-            return Round(samples=samples, questions=questions, targets=targets, limits=limits)
-        return replace(await self._complete(subject, chosen, number), targets=targets, limits=limits)
+            chosen = _rotated(found, number * _TARGETS, _TARGETS)
+            samples, questions, alive = await asyncio.gather(
+                self._samples(subject, chosen), self._ask(subject), self._alive(subject, number)
+            )
+            return Seen(Round(samples=samples, questions=questions, targets=targets, limits=limits), alive=alive)
+        chosen = _part([endpoint for endpoint in found if endpoint not in tried])
+        seen = await self._complete(subject, chosen)
+        left = len({*found} - tried) > len(chosen)
+        return Seen(replace(seen, targets=targets, limits=limits), tried=frozenset(chosen), left=left)
 
-    async def _complete(self, subject: Subject, found: Sequence[Endpoint], number: int) -> Round:
+    async def _alive(self, subject: Subject, number: int) -> bool:
+        """Whether a gateway takes a connection, as it has to: otherwise the silence of engines shows nothing."""
+        pods = [pod for pod in self._pods(subject.owner, Role.GATEWAY) if is_ready(pod)]
+        some = _rotated(sorted(pod["status"]["podIP"] for pod in pods), number, _SIGNS)
+        return Reach.OPEN in await asyncio.gather(*(self._dial(address, subject.gateways.port) for address in some))
+
+    async def _complete(self, subject: Subject, found: Sequence[Endpoint]) -> Round:
         if not found:
-            return Round()
+            return Round(complete=True)
         # A breach that the operator sees needs no pods to show it.
         samples, questions = await asyncio.gather(self._samples(subject, found), self._ask(subject))
         seen = Round(samples=samples, questions=questions, complete=True)
@@ -360,8 +423,6 @@ class Prober:
             return seen
         if subject.canaries:
             return replace(seen, lacking=(subject.canaries,))
-        nodes = _rotated(sorted({endpoint.node for endpoint in found}), number * _NODES, _NODES)
-        here = [endpoint for endpoint in found if endpoint.node in nodes]
         owner = subject.owner
         maker = self._maker(subject)
 
@@ -374,12 +435,9 @@ class Prober:
         async def steady(tried: Iterable[tuple[Endpoint, Reach]], vantage: str) -> tuple[Sample, ...]:
             return self._steady(subject, vantage, tried)
 
-        async with (
-            self._canary_slots,
-            Canaries(self._kubernetes, self._cache, maker, lambda pod: _owned(pod, owner)) as canaries,
-        ):
+        async with Canaries(self._kubernetes, self._cache, maker, lambda pod: _owned(pod, owner)) as canaries:
             points = [Point(Vantage.OPERATOR, dialled, self._here(subject)), canary_point(Vantage.CANARY, canaries)]
-            measured = await beside_listeners(canaries, here, subject.topology, points, steady)
+            measured = await beside_listeners(canaries, found, subject.topology, points, steady)
         return replace(
             measured,
             questions=questions,
@@ -455,17 +513,27 @@ class Prober:
         return [pod for pod in pods if wanted.items() <= pod["metadata"].get("labels", {}).items()]
 
 
-async def _wait(
-    tasks: set[asyncio.Task[None]], seconds: float
-) -> tuple[set[asyncio.Task[None]], set[asyncio.Task[None]]]:
+async def _ended(tasks: set[asyncio.Task[None]], seconds: float) -> set[asyncio.Task[None]]:
+    """Those that have ended, after this time at the latest."""
     if not tasks:
         await asyncio.sleep(seconds)
-        return set(), set()
-    return await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED)
+        return set()
+    return (await asyncio.wait(tasks, timeout=seconds, return_when=asyncio.FIRST_COMPLETED))[0]
 
 
 def _owned(pod: KubeObject, owner: Owner) -> bool:
     return any(ref["uid"] == owner.uid for ref in pod["metadata"].get("ownerReferences", ()))
+
+
+def _part(found: Iterable[Endpoint]) -> list[Endpoint]:
+    """What one part of a complete round takes: so many targets, on so many nodes."""
+    chosen, nodes = list[Endpoint](), set[str]()
+    for endpoint in sorted(found, key=lambda item: item.node):
+        if len(chosen) == _TARGETS or len(nodes | {endpoint.node}) > _NODES:
+            break
+        chosen.append(endpoint)
+        nodes.add(endpoint.node)
+    return chosen
 
 
 def _rotated(items: Sequence[_T], offset: int, count: int) -> Sequence[_T]:

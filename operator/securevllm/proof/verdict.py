@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 
 from securevllm.proof.wire import BLOCKED, Reach
@@ -139,6 +139,17 @@ class Round:
     complete: bool = False
     vantages: tuple[str, ...] = tuple(Vantage)
     wanted: tuple[Attempt, ...] = ()
+
+
+def merged(parts: Iterable[Round]) -> Round:
+    """The parts of one complete round as one; what is told of gateways, and the limits, are those of the last."""
+    *before, last = parts
+    return replace(
+        last,
+        samples=tuple(item for part in (*before, last) for item in part.samples),
+        controls=tuple(item for part in (*before, last) for item in part.controls),
+        lacking=tuple(dict.fromkeys(told for part in (*before, last) for told in part.lacking)),
+    )
 
 
 @dataclass(frozen=True)
