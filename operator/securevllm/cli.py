@@ -122,6 +122,13 @@ def _context_options(command: Any) -> Any:
             type=click.IntRange(1, 65535),
             help="Port of the operator's canary listener: engines must not reach it.",
         ),
+        click.option(
+            "--pod-ips",
+            envvar="POD_IPS",
+            default="",
+            help="Addresses of the operator's own pod (status.podIPs). With an IPv6 one among them, gateways listen on"
+            " both families.",
+        ),
     )
     for option in reversed(options):
         command = option(command)
@@ -164,6 +171,7 @@ def _context(
     operator_image: str | None,
     canary_service: str,
     canary_port: int,
+    pod_ips: str,
 ) -> Any:
     from securevllm.context import CidrPeer, Context, PodPeer, Selector, namespace  # noqa: PLC0415 - see above
 
@@ -189,7 +197,18 @@ def _context(
         operator_image=operator_image or default.operator_image,
         canary_service=(operator_namespace, canary_service),
         canary_port=canary_port,
+        ipv6=_ipv6(pod_ips),
     )
+
+
+def _ipv6(pod_ips: str) -> bool:
+    versions = set()
+    for address in filter(None, pod_ips.split(",")):
+        try:
+            versions.add(ipaddress.ip_address(address).version)
+        except ValueError as error:
+            _wrong(f"--pod-ips: {error}: write addresses such as 10.0.0.7,fd00::7")
+    return 6 in versions  # noqa: PLR2004
 
 
 _NO_UID = "00000000-0000-0000-0000-000000000000"
@@ -727,7 +746,7 @@ def _installations(_context: Any, _option: Any, values: tuple[str, ...]) -> tupl
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Outside of a cluster. $KUBECONFIG is never read. Default: the pod's service account.",
 )
-@click.option("--http-host", default="0.0.0.0", show_default=True, help="Address of health and metrics.")  # noqa: S104
+@click.option("--http-host", help="Address of health, metrics and canary listener. Default: all of the pod.")
 @click.option("--http-port", default=8080, show_default=True, type=click.IntRange(0, 65535), help="Their port.")
 @click.option(
     "--canary-listener/--no-canary-listener",
@@ -760,7 +779,7 @@ def run(  # noqa: PLR0917 - click gives one argument per option
     watch_namespace: str | None,
     identity: str | None,
     kubeconfig: Path | None,
-    http_host: str,
+    http_host: str | None,
     http_port: int,
     canary_listener: bool,
     canary_pods: bool,

@@ -59,6 +59,7 @@ class Context:
         operator_image: the operator's own: gate and canary pods run it.
         canary_service: namespace and name of the headless Service of the operator's canary listener.
         canary_port: of that listener. It accepts and closes; it is there for pods to be seen not to reach it.
+        ipv6: pods have IPv6 addresses, alone or beside IPv4.
     """
 
     operator: PodPeer = PodPeer(
@@ -75,6 +76,12 @@ class Context:
     operator_image: str = f"secure-vllm-operator:{__version__}"
     canary_service: tuple[str, str] = ("secure-vllm-operator", "secure-vllm-operator-canary")
     canary_port: int = 9094
+    ipv6: bool = False
+
+    @property
+    def listen_address(self) -> str:
+        """Of sockets that are open on every address of a pod; ``::`` is both families, and needs a kernel with IPv6."""
+        return "::" if self.ipv6 else "0.0.0.0"  # noqa: S104 - NetworkPolicies say who reaches a pod
 
     @property
     def canary_host(self) -> str:

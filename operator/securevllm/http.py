@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Self
 from aiohttp import web
 from prometheus_client.exposition import choose_encoder
 
+from securevllm.proof.dial import accepting
+
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry
 
@@ -50,7 +52,7 @@ class HttpServer:
         readyz: checks of ``/readyz``.
         leadz: checks of ``/leadz``.
         registry: what ``/metrics`` shows.
-        host: address to listen on.
+        host: address to listen on; ``::`` is both families.
         port: 0 takes a free one, see `port`.
 
     Raises:
@@ -82,7 +84,7 @@ class HttpServer:
         await self._runner.setup()
         host, port = self._address
         try:
-            await web.TCPSite(self._runner, host, port).start()
+            await web.SockSite(self._runner, accepting(host, port)).start()
         except OSError:
             await self._runner.cleanup()
             raise

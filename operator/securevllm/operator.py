@@ -243,7 +243,7 @@ class _Process:
             try:
                 await stack.enter_async_context(process.server())
             except OSError as error:
-                where = f"{settings.http_host}:{settings.http_port}"
+                where = f"{settings.listen_address}:{settings.http_port}"
                 raise OperatorError(
                     f"cannot listen on {where} ({error.strerror}): choose another --http-port"
                 ) from error
@@ -261,7 +261,7 @@ class _Process:
                 "caches": self.store.unsynced,
             },
             registry=self._metrics.registry,
-            host=self._settings.http_host,
+            host=self._settings.listen_address,
             port=self._settings.http_port,
         )
 
@@ -323,9 +323,9 @@ def _canary(settings: Settings) -> Listener:
     """Listening on every candidate: gates of all pods look for whichever is Ready."""
     port = settings.context.canary_port
     try:
-        return Listener((accepting(settings.http_host, port),))
+        return Listener((accepting(settings.listen_address, port),))
     except OSError as error:
-        where = f"{settings.http_host}:{port}"
+        where = f"{settings.listen_address}:{port}"
         raise OperatorError(
             f"cannot listen on {where} ({error.strerror}): choose another --canary-port, or --no-canary-listener"
         ) from error

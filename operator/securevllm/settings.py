@@ -25,7 +25,7 @@ class Settings:
         watch_namespace: one-namespace mode; None: all namespaces.
         kubeconfig: None: the pod's service account.
         workers: resources that are reconciled side by side.
-        http_host: address of health and metrics.
+        http_host: address of health, metrics and the canary listener; None: as the cluster's families demand.
         http_port: port of health and metrics.
         canary_listener: whether to listen on ``context.canary_port``.
         canary_pods: whether canary pods may be made in users' namespaces.
@@ -42,7 +42,7 @@ class Settings:
     watch_namespace: str | None = None
     kubeconfig: Path | None = None
     workers: int = 8
-    http_host: str = "0.0.0.0"  # noqa: S104 - probes come from the node; the operator's own NetworkPolicy limits it
+    http_host: str | None = None
     http_port: int = 8080
     canary_listener: bool = True
     canary_pods: bool = True
@@ -52,6 +52,11 @@ class Settings:
     resync_seconds: float = 600.0
     context: Context = field(default_factory=Context)
     bounds: platform.PlatformBounds = field(default_factory=platform.PlatformBounds)
+
+    @property
+    def listen_address(self) -> str:
+        """Where health, metrics and the canary listener are."""
+        return self.http_host or self.context.listen_address
 
     @property
     def lease(self) -> str:

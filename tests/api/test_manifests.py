@@ -106,7 +106,11 @@ def test_the_pod_is_what_the_operator_expects(installed: tuple[str, Cluster]) ->
     fields = {
         item["name"]: item["valueFrom"]["fieldRef"]["fieldPath"] for item in container["env"] if "valueFrom" in item
     }
-    assert fields == {"POD_NAME": "metadata.name", "POD_NAMESPACE": "metadata.namespace"}
+    assert fields == {
+        "POD_NAME": "metadata.name",
+        "POD_NAMESPACE": "metadata.namespace",
+        "POD_IPS": "status.podIPs",
+    }
     # Gates run the image that the operator runs.
     assert {"name": "SECUREVLLM_OPERATOR_IMAGE", "value": container["image"]} in container["env"]
     assert container["image"] == Context().operator_image

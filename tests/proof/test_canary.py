@@ -28,7 +28,7 @@ ADDRESS = "127.93.0.1"
 
 def started(tmp_path: Path, config: str, *arguments: str) -> subprocess.Popen[str]:
     env = {
-        "PATH": os.environ["PATH"], "PYTHONPATH": str(OPERATOR), CANARY_VARIABLE: config, "POD_IP": ADDRESS,
+        "PATH": os.environ["PATH"], "PYTHONPATH": str(OPERATOR), CANARY_VARIABLE: config, "POD_IPS": f"{ADDRESS},::1",
         "TERMINATION_LOG": str(tmp_path / "termination"),
     }  # fmt: skip
     command = [sys.executable, "-m", "securevllm", "canary", *arguments]
@@ -97,9 +97,10 @@ def test_a_listener_accepts_until_it_is_ended_and_reads_nothing(tmp_path: Path) 
     port = free_port()
     process = started(tmp_path, dump(CanaryConfig(listen=(port,))), "listen")
     _await(lambda: _reached(port), process)
-    reset = contextlib.suppress(ConnectionResetError)
-    with reset, socket.create_connection((ADDRESS, port), timeout=60) as connection:
-        assert connection.recv(1) == b""
+    for address in (ADDRESS, "::1"):  # one of each family
+        reset = contextlib.suppress(ConnectionResetError)
+        with reset, socket.create_connection((address, port), timeout=60) as connection:
+            assert connection.recv(1) == b""
     process.send_signal(signal.SIGTERM)
     assert ended(process)[0] == 0
 

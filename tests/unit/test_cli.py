@@ -73,6 +73,7 @@ def test_json_is_one_object_per_line() -> None:
         (("--dns-namespace", "openshift-dns"), "kubernetes.io/metadata.name: openshift-dns"),
         (("--dns-pods", "app=dns"), "app: dns"),
         (("--dns-port", "5353"), "port: 5353"),
+        (("--pod-ips", "10.0.0.1,fd00::1"), '\\"::\\"'),
         (("--gateway-image", "registry.example/envoy:v1"), "image: registry.example/envoy:v1"),
         (("--uid", "other"), "uid: other"),
         (("-n", "team"), "namespace: team"),
@@ -124,6 +125,7 @@ def test_a_bad_resource_does_not_hide_the_good_one() -> None:
         (("--dns-pods", "x"), "not a label"),
         (("--cluster-range", "10.0.0.1/8"), "host bits"),
         (("--dns-cidr", "x"), "x"),
+        (("--pod-ips", "10.0.0.1,me"), "'me' does not appear to be an IPv4 or IPv6 address"),
     ],
 )
 def test_wrong_options_are_named(arguments: tuple[str, ...], told: str) -> None:

@@ -9,18 +9,16 @@ from securevllm.http import Check, HttpServer, report
 from securevllm.metrics import Metrics
 
 
-def server(checks: dict[str, Check] | None = None, port: int = 0) -> HttpServer:
+def server(checks: dict[str, Check] | None = None, port: int = 0, host: str = "127.0.0.1") -> HttpServer:
     checks = {"leader": lambda: None} if checks is None else checks
     metrics = Metrics("1.2.3")
-    return HttpServer(
-        healthz=checks, readyz=checks, leadz=checks, registry=metrics.registry, host="127.0.0.1", port=port
-    )
+    return HttpServer(healthz=checks, readyz=checks, leadz=checks, registry=metrics.registry, host=host, port=port)
 
 
-async def get(port: int, path: str, method: str = "GET") -> tuple[int, str, dict[str, str]]:
+async def get(port: int, path: str, method: str = "GET", host: str = "127.0.0.1") -> tuple[int, str, dict[str, str]]:
     async with (
         aiohttp.ClientSession() as session,
-        session.request(method, f"http://127.0.0.1:{port}{path}", headers={"Accept": "text/plain"}) as response,
+        session.request(method, f"http://{host}:{port}{path}", headers={"Accept": "text/plain"}) as response,
     ):
         return response.status, await response.text(), dict(response.headers)
 
@@ -45,6 +43,11 @@ async def test_endpoints_say_why(path: str) -> None:
         assert (await get(running.port, path))[:2] == (503, "[-]leader failed: held by b\n")
 
 
+async def test_the_ipv6_wildcard_is_both_families() -> None:
+    async with server(host="::") as running:
+        assert [(await get(running.port, "/healthz", host=host))[0] for host in ("127.0.0.1", "[::1]")] == [200, 200]
+
+
 async def test_metrics_are_served_and_no_version_is_told() -> None:
     async with server() as running:
         status, text, headers = await get(running.port, "/metrics")
@@ -65,6 +68,6 @@ async def test_a_port_in_use_is_an_error() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        with pytest.raises(OSError, match="address already in use"):
+        with pytest.raises(OSError, match="Address already in use"):
             async with server(port=taken.getsockname()[1]):
                 pass

@@ -208,3 +208,22 @@ def test_parts_of_a_round_are_judged_as_one_each_with_its_own_controls() -> None
     assert judge(merged((here, alone)), None).reason == "NoControl", "the controls of a part are of its own nodes"
     opened = replace(there, samples=(replace(OPENED, node="n2"),))
     assert judge(merged((opened, here)), None).reason == "EngineReachable"
+
+
+def test_a_control_of_one_family_of_addresses_says_nothing_about_the_other() -> None:
+    """A plugin may enforce one of two families only, or the source may have a way out by one only."""
+    addresses = ("10.0.0.1", "fd00::1")
+    both = replace(
+        GOOD,
+        samples=tuple(sample(vantage, address=address) for vantage in (OPERATOR, CANARY) for address in addresses),
+        controls=tuple(
+            replace(control(vantage), address=address) for vantage in (OPERATOR, CANARY) for address in addresses
+        ),
+    )
+    assert judge(both, None).status == "True"
+    for missing in both.controls:
+        proof = judge(replace(both, controls=tuple(item for item in both.controls if item != missing)), None)
+        assert (proof.status, proof.reason) == ("Unknown", "NoControl")
+        assert ("(IPv6)" in proof.message) == (":" in missing.address)
+    opened = replace(both, samples=(*both.samples[:-1], replace(both.samples[-1], reach=Reach.OPEN)))
+    assert judge(opened, None).reason == "EngineReachable"

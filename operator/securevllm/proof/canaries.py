@@ -38,11 +38,11 @@ _LOOK = 0.1
 
 @dataclass(frozen=True)
 class Listener:
-    """A pod of ours that accepts connections on a node."""
+    """A pod of ours that accepts connections on a node, on all its addresses: one of each family."""
 
     pod: str
     node: str
-    address: str
+    addresses: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,8 @@ class Canaries:
         live = await self._run(pod, is_ready, _START_SECONDS)
         if isinstance(live, Refused):
             return live
-        return Listener(live["metadata"]["name"], node, live["status"]["podIP"])
+        addresses = tuple(item["ip"] for item in live["status"]["podIPs"])
+        return Listener(live["metadata"]["name"], node, addresses)
 
     async def probe(self, targets: Sequence[Target]) -> dict[str, Reach] | Refused:
         """What a prober in the namespace reaches, by the targets' keys."""

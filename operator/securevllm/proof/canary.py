@@ -11,6 +11,7 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
 from securevllm.proof.dial import Listener, accepting, dial
@@ -18,7 +19,7 @@ from securevllm.proof.gate import leave, termination_log
 from securevllm.proof.wire import (
     BLOCKED,
     CANARY_VARIABLE,
-    POD_IP,
+    POD_IPS,
     CanaryConfig,
     Reach,
     Target,
@@ -31,15 +32,15 @@ _AT_ONCE = 32
 _PAUSE = 0.5
 
 
-async def listen(config: CanaryConfig, address: str) -> None:
-    """Accept on all ports, for ever.
+async def listen(config: CanaryConfig, addresses: Sequence[str]) -> None:
+    """Accept on all ports of all addresses, for ever.
 
     Raises:
         OSError: a port cannot be opened.
     """
     async with AsyncExitStack() as stack:
         for port in config.listen:
-            await stack.enter_async_context(Listener((accepting(address, port),)))
+            await stack.enter_async_context(Listener([accepting(address, port) for address in addresses]))
         await asyncio.Event().wait()
 
 
@@ -73,7 +74,7 @@ def main(arguments: list[str]) -> int:
     signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     if arguments == ["listen"]:
         try:
-            asyncio.run(listen(config, os.environ.get(POD_IP) or "0.0.0.0"))  # noqa: S104 - outside of a pod
+            asyncio.run(listen(config, os.environ.get(POD_IPS, "0.0.0.0").split(",")))  # noqa: S104 - without a pod
         except OSError as error:
             return _failed(1, f"cannot listen: {error}")
         return 0

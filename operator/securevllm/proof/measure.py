@@ -2,7 +2,7 @@
 
 A listener of ours on each node accepts on the ports of the engines there. From every vantage point the engines are
 tried, which must not be reached, and the listeners beside them, which may be: silence means isolation only where the
-same vantage point reached the same port of the same node.
+same vantage point reached the same port of the same node, by the same family of addresses.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ async def beside_listeners(
         node: tuple(sorted({item.port for item in here if item.node == node})) for node in {item.node for item in here}
     }
     listeners, lacking = await canaries.listeners(ports)
-    places = {f"c{n}.{port}": (item, port) for n, item in enumerate(listeners) for port in ports[item.node]}
-    beside = [Target(key, item.address, port) for key, (item, port) in places.items()]
+    accepting = [(item.node, address) for item in listeners for address in item.addresses]
+    places = {f"c{n}.{port}": (*there, port) for n, there in enumerate(accepting) for port in ports[there[0]]}
+    beside = [Target(key, address, port) for key, (_, address, port) in places.items()]
     nodes = {item.node for item in listeners}
     keyed = {f"e{n}": endpoint for n, endpoint in enumerate(item for item in here if item.node in nodes)}
     samples: list[Sample] = []
@@ -80,8 +81,8 @@ async def beside_listeners(
         tried = [(item, answers[key]) for key, item in keyed.items() if key in answers]
         samples += await steady(tried, point.name)
         controls += [
-            Control(point.name, place.node, port, answers[key])
-            for key, (place, port) in places.items()
+            Control(point.name, node, port, answers[key], address)
+            for key, (node, address, port) in places.items()
             if key in answers
         ]
     return Round(samples=tuple(samples), controls=tuple(controls), lacking=tuple(lacking), complete=True)

@@ -3,7 +3,8 @@
 * Against a target that is known to listen, only a completed handshake is "reachable"; silence and refusal are both
   "blocked". A target that was not Ready with the same address before and after says nothing.
 * Blocked counts only beside a positive control of the same round: the same vantage point reached something on the same
-  node and port that it may reach. An egress deny at the source would look like isolation otherwise.
+  node and port that it may reach, by the same family of addresses. An egress deny at the source would look like
+  isolation otherwise.
 * Where a round says what it had to try, all of it has to be blocked: what nobody tried is not isolated.
 * Reachable needs no control: it is a fact.
 """
@@ -82,6 +83,7 @@ class Control:
     node: str
     port: int
     reach: Reach
+    address: str = ""
 
 
 class Asked(StrEnum):
@@ -240,13 +242,13 @@ def _unclear(seen: Round) -> list[str]:
 
 
 def _uncontrolled(seen: Round) -> Proof | None:
-    reached = {(item.vantage, item.node, item.port) for item in seen.controls if item.reach is Reach.OPEN}
+    reached = {_way(item) for item in seen.controls if item.reach is Reach.OPEN}
     blocked = _blocked(seen)
-    bare = sorted({(item.vantage, item.node, item.port) for item in blocked} - reached)
+    bare = sorted({*map(_way, blocked)} - reached)
     vantages = {item.vantage for item in blocked}
     if vantages >= {*seen.vantages} and not bare:
         return None
-    told = [f"port {port} on node {node} from {vantage}" for vantage, node, port in bare]
+    told = [f"port {port} on node {node} from {vantage}{family}" for vantage, node, port, family in bare]
     missing = [f"Nothing was tried from {vantage}." for vantage in seen.vantages if vantage not in vantages]
     return Proof(
         "Unknown",
@@ -258,6 +260,11 @@ def _uncontrolled(seen: Round) -> Proof | None:
             *_reasons(seen),
         ),
     )
+
+
+def _way(item: Sample | Control) -> tuple[str, str, int, str]:
+    """What a control stands for: policies may hold for one family of addresses and not for the other."""
+    return item.vantage, item.node, item.port, " (IPv6)" if ":" in item.address else ""
 
 
 def _untried(seen: Round) -> Proof | None:

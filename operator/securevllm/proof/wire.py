@@ -18,8 +18,9 @@ CANARY_VARIABLE = "SECUREVLLM_CANARY"
 """Environment variable with the text of a ``CanaryConfig``."""
 TERMINATION_VARIABLE = "TERMINATION_LOG"
 """Environment variable with another path than Kubernetes' default; for nodes without a container runtime."""
-POD_IP, NODE_IP = "POD_IP", "NODE_IP"
-"""Environment variables from the downward API: ``status.podIP`` and ``status.hostIP``."""
+POD_IP, POD_IPS, NODE_IP = "POD_IP", "POD_IPS", "NODE_IP"
+"""Environment variables from the downward API: ``status.podIP``, ``status.podIPs``, ``status.hostIPs``; of the last two
+one address of each family, joined by a comma."""
 
 
 class Reach(StrEnum):

@@ -104,7 +104,7 @@ def _pod(maker: Maker, name: str, program: tuple[str, wire.CanaryConfig]) -> Obj
                 "image": maker.image,
                 "args": [COMPONENT_VALUE, program[0]],
                 "env": [
-                    pods.field_env(wire.POD_IP, "status.podIP"),
+                    pods.field_env(wire.POD_IPS, "status.podIPs"),
                     {"name": wire.CANARY_VARIABLE, "value": wire.dump(program[1])},
                 ],
                 "resources": gate.RESOURCES,

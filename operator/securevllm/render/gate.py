@@ -77,7 +77,7 @@ def init_containers(
             "args": ["gate"],
             "env": [
                 pods.field_env(wire.POD_IP, "status.podIP"),
-                pods.field_env(wire.NODE_IP, "status.hostIP"),
+                pods.field_env(wire.NODE_IP, "status.hostIPs"),
                 *place,
                 {"name": wire.GATE_VARIABLE, "value": wire.dump(config)},
             ],

@@ -56,6 +56,7 @@ def model(
     entry, upstream = _entry(topology, tls), topology.entry
     return envoy.GatewayModel(
         name=owner.child(ROLE),
+        listen_address=context.listen_address,
         listen_port=entry,
         ops_port=topology.socket(Role.GATEWAY, "ops").port,
         admin_port=GATEWAY_ADMIN,
