@@ -8,17 +8,31 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from e2e import images
 from e2e.cluster import Cluster, lifecycle, running
 from e2e.cluster.network import run, run_ip
 from e2e.cluster.node import hierarchies
 from e2e.reach import OPEN
-from e2e.workload import PORT, apply, policy, start_pods, until
+from e2e.workload import (
+    PORT,
+    advertise_gpus,
+    apply,
+    condition,
+    engines_of,
+    install_operator,
+    new_namespace,
+    policy,
+    start_pods,
+    started,
+    until,
+)
 
 # Folders that kubelet, containerd, network plugins or the agent would make on a machine of their own.
 FOREIGN = (
@@ -113,7 +127,7 @@ def test_nothing_is_left_on_the_machine(
 def without_engine(own_state: Path) -> Iterator[Cluster]:  # noqa: ARG001 (its effect is what is asked for)
     """A node whose network plugin enforces nothing."""
     with running(node_count=1, cni="bridge") as cluster:
-        cluster.load_images([images.attacker()])
+        images.load(cluster, lambda _: None)
         yield cluster
 
 
@@ -126,3 +140,35 @@ def test_without_a_policy_engine_a_policy_stops_nobody(without_engine: Cluster) 
     time.sleep(3)  # twenty times what an engine needs
     target = f"{server.ip}:{PORT}"
     assert client.reach([target]) == {target: OPEN}
+
+
+def test_without_a_policy_engine_no_engine_starts_and_the_status_says_what_to_install(without_engine: Cluster) -> None:
+    """A plugin that knows no policies at all; `test_race.py` has one that enforces late."""
+    kubectl = without_engine.kubectl
+    advertise_gpus(kubectl, [node.name for node in without_engine.nodes])
+    install_operator(kubectl)
+    sample = yaml.safe_load(images.QUICKSTART.read_text(encoding="utf-8"))
+    spec = {"model": {"name": "/models/any"}, "image": sample["spec"]["image"], "gateway": {"replicas": 1}}
+    shapes: dict[str, dict[str, Any]] = {"alone": {}, "together": {"parallelism": {"tensor": 2, "nodes": 2}}}
+    with new_namespace(kubectl, "unenforced") as namespace:
+        for name, shape in shapes.items():
+            apply(kubectl, sample | {"metadata": {"name": name, "namespace": namespace}, "spec": spec | shape})
+
+        def told(name: str) -> str | None:
+            item = kubectl.get(f"--namespace={namespace}", "securevllmdeployment", name)
+            conditions = item.get("status", {}).get("conditions") or ()
+            return next((one["message"] for one in conditions if one.get("reason") == "PolicyNotEnforced"), None)
+
+        for name in shapes:
+            message = until(partial(told, name), f"{name} says that nothing is enforced", seconds=300)
+            assert "NetworkPolicies are not enforced: install a network plugin that does" in message
+            item = kubectl.get(f"--namespace={namespace}", "securevllmdeployment", name)
+            assert not condition(item, "Isolated")
+            assert not condition(item, "Ready")
+        time.sleep(60)  # it never gives in: no time makes "not enforced" into "open"
+        pods = [pod for name in shapes for pod in engines_of(kubectl, namespace, name)]
+        assert len(pods) == 3
+        for pod in pods:
+            assert not started(pod), pod["metadata"]["name"]
+            log = kubectl("logs", f"--namespace={namespace}", pod["metadata"]["name"], "--container=gate")
+            assert "can be reached, and no policy allows it: NetworkPolicies are not enforced" in log

@@ -77,6 +77,7 @@ TOPOLOGIES = {
     "expert-parallel": "expert-parallel",
     "expert-parallel-external": "expert-parallel-external",
     "kv-events": "kv-events",
+    "metrics": "metrics",
     "nixl": "prefill-decode-nixl",
     "mooncake": "prefill-decode-mooncake",
 }
@@ -87,6 +88,8 @@ LATE, ZONE, LATE_SECONDS = "late", "example.com/late-zone", 180.0
 """Name of a group, the label of nodes that its members are spread by, and by how much its second member is late."""
 READER = "kv-index"
 """Label of the pod that the sample of KV events lets read them."""
+SCRAPER = "scraper"
+"""Label of the pod that may scrape engines; the sample's is in a namespace of a fixed name."""
 GATEWAY_PORT, NODE_PORT = 8443, 17070
 READY_SECONDS = 420.0
 BORROWED = (RESOURCE_LABEL, "securevllm.io/role", "securevllm.io/group")
@@ -110,6 +113,8 @@ def resource(name: str, namespace: str) -> dict[str, Any]:
         "gateway": {"replicas": 1},
         "engine": {"labels": {"topology": name}, "topologySpreadConstraints": [spread]},
     }
+    if name == "metrics":
+        spec["security"] = {"metrics": {"from": {"podSelector": {"matchLabels": {"app": SCRAPER}}}}}
     metadata = {"name": name, "namespace": namespace}
     return {"apiVersion": sample["apiVersion"], "kind": sample["kind"], "metadata": metadata, "spec": spec}
 
@@ -154,7 +159,7 @@ def stage(cluster: Cluster, nodes: list[str], operator: None) -> Iterator[Stage]
         wanted = [(namespace, f"beside-{one}", one) for one in nodes] + [
             (other, f"foreign-{one}", one) for one in nodes
         ]
-        started = start_pods(kubectl, [*wanted, (namespace, READER, nodes[0])])
+        started = start_pods(kubectl, [*wanted, (namespace, READER, nodes[0]), (namespace, SCRAPER, nodes[1])])
         hosts = start_pods(kubectl, [(other, f"host-{one}", one) for one in nodes], port=NODE_PORT, host_network=True)
         made = Stage(cluster, namespace, other, {pod.name: pod for pod in (*started, *hosts)}, started[0])
         made.others = [_outsider(pod, nodes) for pod in made.attackers.values()]
@@ -174,7 +179,8 @@ def _outsider(pod: Pod, nodes: list[str]) -> Source:
     where = next((one for one in nodes if pod.name.endswith(f"-{one}")), nodes[0])
     if pod.name.startswith("host-"):
         return Source(pod.name, "hostNetwork", node(where, pod.ip), pod)
-    kinds = {"beside": "same namespace", "foreign": "another namespace", READER: "the declared reader"}
+    kinds = {"beside": "same namespace", "foreign": "another namespace"}
+    kinds |= {READER: "the declared reader", SCRAPER: "the declared scraper"}
     kind = next(kind for start, kind in kinds.items() if pod.name.startswith(start))
     return Source(pod.name, kind, stranger(pod.name, pod.namespace, pod.ip, where, {"app": pod.name}), pod)
 
@@ -388,7 +394,7 @@ def test_its_sockets_are_reached_by_whom_the_topology_names_and_by_nobody_else(f
         for target in found.targets
         if target.resource == name
         and target.member.role is not Role.GATEWAY
-        and (target.member.group or target.name in {"api", "kv-events"})
+        and (target.member.group or target.name in {"api", "kv-events", "metrics"})
     }
     reached = {cell.target for cell in found.tried[name] if cell.wanted and not cell.kind.endswith("own node")}
     assert own - reached == set(), "each is reached by somebody"
