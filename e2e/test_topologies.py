@@ -39,6 +39,7 @@ from e2e.matrix import (
 from e2e.outside import INTERNET, METADATA, PORTS, outside_host
 from e2e.reach import OPEN
 from e2e.workload import (
+    OPERATOR,
     PORT,
     SIDE_PORT,
     Pod,
@@ -190,6 +191,7 @@ def _places(stage: Stage, nodes: list[str]) -> list[Place]:
     kubectl = stage.kubectl
     [endpoint] = kubectl.get("--namespace=default", "endpoints", "kubernetes")["subsets"]
     dns = kubectl.get("--namespace=kube-system", "service", "kube-dns")["spec"]["clusterIP"]
+    operators = kubectl.get(f"--namespace={OPERATOR}", "pods", f"--selector=app.kubernetes.io/name={OPERATOR}")["items"]
     addresses = {
         item["metadata"]["name"]: item["status"]["addresses"][0]["address"] for item in kubectl.get("nodes")["items"]
     }
@@ -197,6 +199,7 @@ def _places(stage: Stage, nodes: list[str]) -> list[Place]:
         Place(f"{dns}:53", "cluster DNS", allowed=True),
         Place(api_service(kubectl), "API server, Service"),
         Place(f"{endpoint['addresses'][0]['ip']}:{endpoint['ports'][0]['port']}", "API server, endpoint"),
+        *(Place(f"{item['status']['podIP']}:{Context().canary_port}", "what gates look for") for item in operators),
         *(Place(f"{addresses[one]}:10250", f"kubelet of {one}") for one in nodes),
         *(Place(f"{stage.attackers[f'beside-{one}'].ip}:{PORT}", f"pod beside it on {one}") for one in nodes),
         *(
