@@ -491,6 +491,38 @@ def test_a_pod_with_borrowed_labels_is_taken_for_what_they_say(
     assert bool(reachable) is (role is not Role.ENGINE), "an engine of its own world reaches nobody"
 
 
+def test_a_download_reaches_its_hub_and_nothing_inside(stage: Stage, found: Found, borrower: Pod) -> None:
+    """The pod of a fetch Job, as far as policies know it: a pod with its labels has no program that ends."""
+    kubectl, namespace = stage.kubectl, stage.namespace
+    made = resource("tensor-parallel", namespace)
+    made["metadata"]["name"] = "download"
+    made["spec"] |= {"model": {"name": "org/model", "source": {"huggingFace": {}}}}
+    apply(kubectl, made)
+
+    def selected() -> dict[str, str] | None:
+        try:
+            rendered = kubectl.get(f"--namespace={namespace}", "networkpolicy", "download-fetch")
+        except KubectlError:
+            return None
+        labels: dict[str, str] = rendered["spec"]["podSelector"]["matchLabels"]
+        return labels
+
+    labels = until(selected, "the policy of the download is there")
+    sockets = [str(target) for target in found.targets]
+    hub, shut = f"{INTERNET}:{PORTS[1]}", [str(place) for place in stage.places if not place.allowed]
+    before = borrower.reach(shut)
+    assert {place for place, answer in before.items() if answer != OPEN} == set(), "without the labels it may"
+    label(stage, borrower.name, dict(labels))
+    try:
+        first = f"{stage.client.ip}:{PORT}"
+        until(lambda: borrower.reach([first])[first] != OPEN, "the labels have taken effect", seconds=300)
+        after = borrower.reach([*shut, *sockets])
+        assert {place for place, answer in after.items() if answer == OPEN} == ({hub} & {*shut})
+    finally:
+        label(stage, borrower.name, dict.fromkeys(labels, None))
+        kubectl("delete", f"--namespace={namespace}", "securevllmdeployment", "download", "--wait=false")
+
+
 def test_with_the_admission_policies_labels_cannot_be_borrowed(
     stage: Stage, found: Found, borrower: Pod, nodes: list[str]
 ) -> None:
