@@ -54,6 +54,8 @@ def test_what_may_not_be_read_is_said_and_the_rest_is_told(
     cluster: Cluster, kube: Kube, namespace: str, tmp_path: Path
 ) -> None:
     kube.apply(resource(namespace, "llama"))
+    # A controller makes it, a moment after the namespace.
+    eventually(lambda: kube.find(Ref(kinds.SERVICE_ACCOUNT, namespace, "default")) is not None)
     powerless = cluster.kubeconfig_for_token(token(kube, namespace=namespace, account="default"), tmp_path / "config")
     result = CliRunner().invoke(main, ["check", "--namespace", namespace, "--kubeconfig", str(powerless)])
     assert result.exit_code == 2
