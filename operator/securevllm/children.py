@@ -15,7 +15,7 @@ import structlog
 
 from securevllm import drift
 from securevllm.api import types as api
-from securevllm.api.kinds import DEPLOYMENT, JOB, STATEFUL_SET, Kind, KubeObject, Ref
+from securevllm.api.kinds import DEPLOYMENT, JOB, POD, STATEFUL_SET, Kind, KubeObject, Ref
 from securevllm.context import FIELD_MANAGER
 from securevllm.drift import Action
 from securevllm.errors import (
@@ -27,7 +27,7 @@ from securevllm.errors import (
     NotFound,
     Unavailable,
 )
-from securevllm.render.meta import COMPONENT, HASH_ANNOTATION, MANAGED_BY, Object, is_resource
+from securevllm.render.meta import COMPONENT, HASH_ANNOTATION, MANAGED_BY, Object, Owner, is_resource
 from securevllm.status import Failure
 
 if TYPE_CHECKING:
@@ -54,7 +54,10 @@ class Cache(Protocol):
         """The object, or None when it was never seen or is gone."""
 
     def indexed(self, word: str) -> Sequence[KubeObject]:
-        """Objects whose controller has this uid, or is this resource (``str(Ref)``), be it of another life."""
+        """Objects whose controller has this uid, or is this resource (``str(Ref)``), be it of another life.
+
+        Of pods also those with the label of a resource, see ``pods_of``; of NetworkPolicies those that ask for it.
+        """
 
     def all(self, kind: Kind, namespace: str | None = None) -> Sequence[KubeObject]:
         """Objects of a kind, of one namespace when it is given."""
@@ -67,6 +70,20 @@ class Cache(Protocol):
 
     def forget(self, obj: KubeObject) -> None:
         """This state is old: unless a newer one is known, the next look goes to the API server."""
+
+
+def labelled(kind: Kind, namespace: str, label: str) -> str:
+    """The word of a cache's index for what carries, or asks for, the label of a resource; empty: for no such label."""
+    return f"{kind.kind} {namespace}/{label}"
+
+
+def pods_of(cache: Cache, owner: Owner) -> list[KubeObject]:
+    """Pods that carry the label of a resource, by name. Anybody can make one that does.
+
+    A look at all pods of the namespace, several times in each reconcile, would grow with the square of its resources.
+    """
+    found = cache.indexed(labelled(POD, owner.namespace, owner.label))
+    return sorted(found, key=lambda pod: str(pod["metadata"]["name"]))
 
 
 @dataclass

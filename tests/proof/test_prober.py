@@ -7,7 +7,9 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
+from securevllm.api.kinds import POD
 from securevllm.api.parse import parse
+from securevllm.children import labelled
 from securevllm.context import Context
 from securevllm.proof.dial import Listener, accepting, dial
 from securevllm.proof.prober import Gateways, Prober, Subject, Who
@@ -21,13 +23,13 @@ TOPOLOGY = plan(SPEC, Context())
 
 
 class Cache:
-    """Ready engine pods by namespace."""
+    """Ready engine pods by the word under which they are found."""
 
     def __init__(self) -> None:
         self.pods: dict[str, list[dict[str, Any]]] = {}
 
-    def all(self, _kind: Any, namespace: str | None = None) -> list[dict[str, Any]]:
-        return self.pods.get(namespace or "", [])
+    def indexed(self, word: str) -> list[dict[str, Any]]:
+        return self.pods.get(word, [])
 
     def get(self, _ref: Any) -> None:
         return None
@@ -98,7 +100,7 @@ async def test_a_thousand_resources_are_measured_within_five_minutes_and_a_lapse
     for number in range(RESOURCES):
         owner = Owner("llama", f"ns{number}", f"uid-{number}")
         last = number == RESOURCES - 1
-        cache.pods[owner.namespace] = [
+        cache.pods[labelled(POD, owner.namespace, owner.label)] = [
             engine(owner, pod, f"127.90.0.{pod + 1}" if last else f"10.{number // 250}.{number % 250}.{pod}")
             for pod in range(PODS)
         ]
@@ -132,7 +134,7 @@ async def test_a_port_that_the_spec_opens_to_somebody_is_not_tried_from_there_an
         return Reach.SILENT
 
     owner, cache = Owner("llama", "apps", "uid-1"), Cache()
-    cache.pods["apps"] = [engine(owner, 0, "10.0.0.1")]
+    cache.pods[labelled(POD, "apps", owner.label)] = [engine(owner, 0, "10.0.0.1")]
     prober = Prober(
         None, cache, None, Context(), now=lambda: datetime.now(UTC), monotonic=time.monotonic,  # type: ignore[arg-type]
         changed=lambda _who: None, observer=Observer(), others=no_others, dial=recorded,
@@ -161,7 +163,7 @@ async def test_pauses_between_measurements_that_show_nothing_grow_until_a_pod_co
 
     moment = 1000.0
     owner, cache = Owner("llama", "apps", "uid-1"), Cache()
-    cache.pods["apps"] = [engine(owner, 0, "10.0.0.1")]
+    cache.pods[labelled(POD, "apps", owner.label)] = [engine(owner, 0, "10.0.0.1")]
     prober = Prober(
         None, cache, None, Context(), now=lambda: datetime.now(UTC), monotonic=lambda: moment,  # type: ignore[arg-type]
         changed=lambda _who: None, observer=Observer(), others=no_others, dial=silence,
@@ -177,6 +179,6 @@ async def test_pauses_between_measurements_that_show_nothing_grow_until_a_pod_co
         return track.canary_at - moment
 
     assert [await pause() for _ in range(4)] == [60, 120, 240, 480]
-    cache.pods["apps"].append(engine(owner, 1, "10.0.0.2"))
+    cache.pods[labelled(POD, "apps", owner.label)].append(engine(owner, 1, "10.0.0.2"))
     prober.follow(subject(owner))
     assert [await pause() for _ in range(2)] == [60, 120]
