@@ -93,12 +93,14 @@ class _Memory:
     Attributes:
         settled: ``drift.footprint`` after the last own write.
         applied: ``HASH_ANNOTATION`` of what was written last.
+        found: resourceVersion of the child when it was last found to be just that.
         repairs: when drift was repaired, monotonic seconds.
         pause_until: contested; no repair before.
     """
 
     settled: str | None = None
     applied: str | None = None
+    found: str | None = None
     repairs: deque[float] = field(default_factory=lambda: deque(maxlen=_CONTEST_REPEATS + 1))
     pause_until: float = 0.0
 
@@ -194,10 +196,12 @@ class Children:
 
     async def _settle(self, ref: Ref, obj: Object, live: KubeObject | None, uid: str | None, memory: _Memory) -> None:
         action = Action.APPLY
+        wanted = obj["metadata"]["annotations"][HASH_ANNOTATION]
         if live is not None:
             self.check_owner(live, uid)
+            if (memory.applied, memory.found) == (wanted, live["metadata"]["resourceVersion"]):
+                return  # nothing to compare: of most children nothing has changed since the last reconcile
             action = drift.judge(obj, live, memory.settled)
-        wanted = obj["metadata"]["annotations"][HASH_ANNOTATION]
         if action is not Action.KEEP:
             pause = memory.pause_until - self._monotonic()
             # A fight delays repairs, never what the spec newly says: a revoked key must not wait for it.
@@ -223,6 +227,7 @@ class Children:
             live = await self._kubernetes.replace(drift.replacement(obj, live))
             self._cache.wrote(live)
         memory.settled, memory.applied = drift.footprint(obj, live), wanted
+        memory.found = live["metadata"]["resourceVersion"]
         if drifted:
             self._note_repair(ref, memory)
 
