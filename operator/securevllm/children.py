@@ -15,7 +15,7 @@ import structlog
 
 from securevllm import drift
 from securevllm.api import types as api
-from securevllm.api.kinds import DEPLOYMENT, JOB, STATEFUL_SET, Kind, KubeObject, Ref
+from securevllm.api.kinds import DEPLOYMENT, JOB, POD, STATEFUL_SET, Kind, KubeObject, Ref
 from securevllm.context import FIELD_MANAGER
 from securevllm.drift import Action
 from securevllm.errors import (
@@ -27,7 +27,7 @@ from securevllm.errors import (
     NotFound,
     Unavailable,
 )
-from securevllm.render.meta import COMPONENT, HASH_ANNOTATION, MANAGED_BY, Object, is_resource
+from securevllm.render.meta import COMPONENT, HASH_ANNOTATION, MANAGED_BY, Object, Owner, is_resource
 from securevllm.status import Failure
 
 if TYPE_CHECKING:
@@ -54,7 +54,10 @@ class Cache(Protocol):
         """The object, or None when it was never seen or is gone."""
 
     def indexed(self, word: str) -> Sequence[KubeObject]:
-        """Objects whose controller has this uid, or is this resource (``str(Ref)``), be it of another life."""
+        """Objects whose controller has this uid, or is this resource (``str(Ref)``), be it of another life.
+
+        Of pods also those with the label of a resource, see ``pods_of``; of NetworkPolicies those that ask for it.
+        """
 
     def all(self, kind: Kind, namespace: str | None = None) -> Sequence[KubeObject]:
         """Objects of a kind, of one namespace when it is given."""
@@ -69,6 +72,20 @@ class Cache(Protocol):
         """This state is old: unless a newer one is known, the next look goes to the API server."""
 
 
+def labelled(kind: Kind, namespace: str, label: str) -> str:
+    """The word of a cache's index for what carries, or asks for, the label of a resource; empty: for no such label."""
+    return f"{kind.kind} {namespace}/{label}"
+
+
+def pods_of(cache: Cache, owner: Owner) -> list[KubeObject]:
+    """Pods that carry the label of a resource, by name. Anybody can make one that does.
+
+    A look at all pods of the namespace, several times in each reconcile, would grow with the square of its resources.
+    """
+    found = cache.indexed(labelled(POD, owner.namespace, owner.label))
+    return sorted(found, key=lambda pod: str(pod["metadata"]["name"]))
+
+
 @dataclass
 class _Memory:
     """What this process knows of one child since it started.
@@ -76,12 +93,14 @@ class _Memory:
     Attributes:
         settled: ``drift.footprint`` after the last own write.
         applied: ``HASH_ANNOTATION`` of what was written last.
+        found: resourceVersion of the child when it was last found to be just that.
         repairs: when drift was repaired, monotonic seconds.
         pause_until: contested; no repair before.
     """
 
     settled: str | None = None
     applied: str | None = None
+    found: str | None = None
     repairs: deque[float] = field(default_factory=lambda: deque(maxlen=_CONTEST_REPEATS + 1))
     pause_until: float = 0.0
 
@@ -177,10 +196,12 @@ class Children:
 
     async def _settle(self, ref: Ref, obj: Object, live: KubeObject | None, uid: str | None, memory: _Memory) -> None:
         action = Action.APPLY
+        wanted = obj["metadata"]["annotations"][HASH_ANNOTATION]
         if live is not None:
             self.check_owner(live, uid)
+            if (memory.applied, memory.found) == (wanted, live["metadata"]["resourceVersion"]):
+                return  # nothing to compare: of most children nothing has changed since the last reconcile
             action = drift.judge(obj, live, memory.settled)
-        wanted = obj["metadata"]["annotations"][HASH_ANNOTATION]
         if action is not Action.KEEP:
             pause = memory.pause_until - self._monotonic()
             # A fight delays repairs, never what the spec newly says: a revoked key must not wait for it.
@@ -206,6 +227,7 @@ class Children:
             live = await self._kubernetes.replace(drift.replacement(obj, live))
             self._cache.wrote(live)
         memory.settled, memory.applied = drift.footprint(obj, live), wanted
+        memory.found = live["metadata"]["resourceVersion"]
         if drifted:
             self._note_repair(ref, memory)
 

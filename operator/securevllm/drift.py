@@ -95,8 +95,10 @@ def covers(rendered: Any, live: Any, *, quantities: bool = False) -> bool:
         live: the same part as the API server holds it.
         quantities: texts are quantities; anywhere else ``1000m`` is not ``1``.
     """
-    if isinstance(rendered, Mapping):
-        if not isinstance(live, Mapping):
+    if rendered == live:
+        return True
+    if isinstance(rendered, dict):
+        if not isinstance(live, dict):
             return False
         # The API server drops an empty map or list, and keeps no field for it.
         return all(
@@ -107,7 +109,7 @@ def covers(rendered: Any, live: Any, *, quantities: bool = False) -> bool:
         if not isinstance(live, list) or len(rendered) != len(live):
             return False
         return all(covers(ours, theirs, quantities=quantities) for ours, theirs in zip(rendered, live, strict=True))
-    return bool(rendered == live) or (quantities and _same_quantity(rendered, live))
+    return quantities and _same_quantity(rendered, live)
 
 
 def _same_quantity(ours: Any, theirs: Any) -> bool:
@@ -145,12 +147,12 @@ def _added(fields: Mapping[str, Any], rendered: Any, path: str, ignored: frozens
 
 
 def _step(kind: str, name: str, node: Any) -> tuple[bool, Any]:
-    if kind == "f" and isinstance(node, Mapping):
+    if kind == "f" and isinstance(node, dict):
         return name in node, node.get(name)
     if kind == "k" and isinstance(node, list | tuple):
         wanted = json.loads(name)
         for item in node:
-            if isinstance(item, Mapping) and all(item.get(field) == value for field, value in wanted.items()):
+            if isinstance(item, dict) and wanted.items() <= item.items():
                 return True, item
     if kind == "v" and isinstance(node, list | tuple):
         return json.loads(name) in node, None

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Protocol
 import aiohttp
 import structlog
 
-from securevllm.api.kinds import POD, Ref
+from securevllm.api.kinds import Ref
+from securevllm.children import pods_of
 from securevllm.errors import Conflict, Forbidden, NotFound
 from securevllm.render import envoy, readback
-from securevllm.render.meta import REVISION_ANNOTATION
+from securevllm.render.meta import REVISION_ANNOTATION, ROLE_LABEL
 from securevllm.status import Gateway as Facts
 from securevllm.topology import Role
 
@@ -151,7 +152,7 @@ class ReadBack:
         Returns:
             What was found, and the seconds until the next look; None: all is as it should be.
         """
-        pods = [pod for pod in self._cache.all(POD, owner.namespace) if _running(pod, owner.selector(Role.GATEWAY))]
+        pods = [pod for pod in pods_of(self._cache, owner) if _running(pod, Role.GATEWAY)]
         if not pods:
             self._polls.pop((owner.namespace, owner.name), None)
             return Facts(), None
@@ -186,11 +187,10 @@ class ReadBack:
 
     def _all_said(self, owner: Owner, said: frozenset[str]) -> frozenset[str]:
         """What the engines have said since the last of them started."""
-        selector = owner.selector(Role.ENGINE)
         engines = frozenset(
             (pod["metadata"]["uid"], one["name"], str(one.get("containerID")))
-            for pod in self._cache.all(POD, owner.namespace)
-            if _running(pod, selector)
+            for pod in pods_of(self._cache, owner)
+            if _running(pod, Role.ENGINE)
             for one in pod["status"].get("containerStatuses", ())
         )
         key = owner.namespace, owner.name
@@ -213,10 +213,10 @@ class ReadBack:
             log.warning("gateway pod not nudged, kubelet takes up to 80 s", pod=name, error=str(error))
 
 
-def _running(pod: KubeObject, selector: Mapping[str, str]) -> bool:
+def _running(pod: KubeObject, role: Role) -> bool:
     status, metadata = pod.get("status", {}), pod["metadata"]
     return bool(
-        selector.items() <= metadata.get("labels", {}).items()
+        metadata["labels"].get(ROLE_LABEL) == role
         and status.get("podIP")
         and status.get("phase") == "Running"
         and not metadata.get("deletionTimestamp")

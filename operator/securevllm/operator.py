@@ -25,6 +25,7 @@ from securevllm import __version__, log, resolvers
 from securevllm.api import kinds
 from securevllm.api import types as api
 from securevllm.api.kinds import Ref
+from securevllm.children import labelled
 from securevllm.claims import Claims
 from securevllm.cluster import Kubernetes, Login, connect
 from securevllm.context import FIELD_MANAGER
@@ -36,11 +37,12 @@ from securevllm.metrics import Metrics
 from securevllm.proof.asking import HttpAsks
 from securevllm.proof.dial import Listener, accepting
 from securevllm.proof.evidence import Evidences
+from securevllm.proof.foreign import asked_for
 from securevllm.proof.others import Others
 from securevllm.proof.prober import Prober
 from securevllm.reconcile import Key, Reconciler, Told
 from securevllm.render.canary import is_canary
-from securevllm.render.meta import DENY_NAME, INSTANCE, MANAGED_BY, SECRET_LABEL, is_resource
+from securevllm.render.meta import DENY_NAME, INSTANCE, MANAGED_BY, RESOURCE_LABEL, SECRET_LABEL, is_resource
 from securevllm.store import Store, Watched
 from securevllm.watch import Watcher
 from securevllm.workqueue import WorkQueue
@@ -82,12 +84,22 @@ WATCHED = (
 
 
 def controllers(obj: KubeObject) -> Iterator[str]:
-    """The index of the store: the uid of an object's controller and, where that is a resource of ours, its name."""
+    """The uid of an object's controller and, where that is a resource of ours, its name."""
     for reference in obj["metadata"].get("ownerReferences", ()):
         if reference.get("controller"):
             yield reference["uid"]
             if is_resource(reference):
                 yield str(Ref(kinds.SECURE_VLLM_DEPLOYMENT, obj["metadata"]["namespace"], reference["name"]))
+
+
+def words(obj: KubeObject) -> Iterator[str]:
+    """The index of the store: ``controllers``, and the labels of resources that pods carry and policies ask for."""
+    yield from controllers(obj)
+    namespace = obj["metadata"].get("namespace", "")
+    if obj["kind"] == kinds.POD.kind:
+        yield labelled(kinds.POD, namespace, obj["metadata"].get("labels", {}).get(RESOURCE_LABEL, ""))
+    elif obj["kind"] == kinds.NETWORK_POLICY.kind:
+        yield labelled(kinds.NETWORK_POLICY, namespace, asked_for(obj))
 
 
 def keys_of(store: Store) -> Callable[[KubeObject], Iterator[Key]]:
@@ -177,7 +189,7 @@ class _Process:
         self.store = Store(
             WATCHED,
             namespaces=[settings.watch_namespace] if settings.watch_namespace else [],
-            index=controllers,
+            index=words,
         )
         self.prober = Prober(
             kubernetes,

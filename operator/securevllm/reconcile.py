@@ -24,7 +24,7 @@ from securevllm.api.guard.pod import network_devices
 from securevllm.api.kinds import KubeObject, Ref
 from securevllm.api.parse import Accepted, parse, parse_accepted
 from securevllm.api.units import seconds
-from securevllm.children import Children, Outcome, failed
+from securevllm.children import Children, Outcome, failed, pods_of
 from securevllm.errors import ApiError, Conflict, InternalError, NotFound, Problem, SpecError
 from securevllm.gateways import ReadBack
 from securevllm.generate import Generator, Secrets, decode, key_made
@@ -33,7 +33,7 @@ from securevllm.log import register_secret
 from securevllm.render import Made, Observed, Rendered, accepted, engine, fetch, gateway, keys, router
 from securevllm.render import render as render_resource
 from securevllm.render.closing import closed
-from securevllm.render.meta import ISOLATION, RESTART_ANNOTATION, Owner
+from securevllm.render.meta import ISOLATION, RESTART_ANNOTATION, ROLE_LABEL, Owner
 from securevllm.rollout import Look, Rollout
 from securevllm.status import Facts, Fetch, Figures, Workload, status, transitions
 from securevllm.status import fetch as read_fetch
@@ -479,9 +479,7 @@ class Reconciler:
         return read_fetch(self._job(owner, spec), self._pods(owner, fetch.ROLE))
 
     def _pods(self, owner: Owner, role: str) -> list[KubeObject]:
-        wanted = owner.selector(role).items()
-        pods = self._cache.all(kinds.POD, owner.namespace)
-        return [pod for pod in pods if wanted <= pod["metadata"].get("labels", {}).items()]
+        return [pod for pod in pods_of(self._cache, owner) if pod["metadata"]["labels"].get(ROLE_LABEL) == role]
 
     # ------------------------------------------------------------------------------------------------------- report
 

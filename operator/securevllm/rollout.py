@@ -21,7 +21,7 @@ import structlog
 
 from securevllm.api import kinds
 from securevllm.api.kinds import KubeObject, Ref
-from securevllm.children import Children, Outcome, failed
+from securevllm.children import Children, Outcome, failed, pods_of
 from securevllm.cluster import STRATEGIC_MERGE_PATCH
 from securevllm.errors import ApiError, Conflict, NotFound
 from securevllm.groups import (
@@ -239,7 +239,7 @@ class Rollout:
     def _pods(self, owner: Owner) -> dict[Place, KubeObject]:
         """Pods that a StatefulSet made under the name of a member: not those that only carry its labels."""
         found = {}
-        for pod in self._cache.all(kinds.POD, owner.namespace):
+        for pod in pods_of(self._cache, owner):
             metadata = pod["metadata"]
             labels = metadata.get("labels", {})
             place = _place(labels)

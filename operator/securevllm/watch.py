@@ -23,13 +23,14 @@ from contextlib import suppress
 from http import HTTPStatus
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, Protocol, TypeVar
 
-import kopf
 import structlog
 
 from securevllm.cluster import Kubernetes, Login, bearer_token
 from securevllm.errors import ApiError, Forbidden, NotFound, OperatorError, Unavailable
 
 if TYPE_CHECKING:
+    import kopf
+
     from securevllm.api.kinds import Kind, KubeObject
     from securevllm.store import Change, Store, Watched
 
@@ -232,6 +233,8 @@ class _Streams:
 
     async def _kopf(self) -> None:
         self._kopf_loop.set_result(asyncio.get_running_loop())
+        import kopf  # noqa: PLC0415 - in this thread: a standby needs none, and a leader reconciles meanwhile
+
         namespaces = self._store.namespaces
         try:
             await kopf.operator(
@@ -267,6 +270,8 @@ class _Streams:
 def _registry(
     store: Store, login: Login, hand_over: Callable[[Kind, str | None, KubeObject], None]
 ) -> kopf.OperatorRegistry:
+    import kopf  # noqa: PLC0415 - see `_Streams`
+
     registry = kopf.OperatorRegistry()
 
     @kopf.on.login(registry=registry)
@@ -294,6 +299,8 @@ def _registry(
 
 
 def _settings(store: Store) -> kopf.OperatorSettings:
+    import kopf  # noqa: PLC0415 - see `_Streams`
+
     settings = kopf.OperatorSettings()
     settings.scanning.disabled = True  # needs rights on CRDs and namespaces; the lists have shown that all exist
     settings.posting.enabled = False

@@ -10,7 +10,10 @@ import pytest
 import yaml
 from click.testing import CliRunner, Result
 
+from securevllm.api import kinds
+from securevllm.api.kinds import Ref
 from securevllm.cli import main
+from tests.api.kube import eventually
 from tests.api.operator_process import resource, token
 
 if TYPE_CHECKING:

@@ -7,7 +7,9 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
+from securevllm.api.kinds import POD
 from securevllm.api.parse import parse
+from securevllm.children import labelled
 from securevllm.context import Context
 from securevllm.proof.dial import Listener, accepting, dial
 from securevllm.proof.prober import Gateways, Prober, Subject, Who
@@ -22,13 +24,13 @@ TOPOLOGY = plan(SPEC, Context())
 
 
 class Cache:
-    """Ready engine pods by namespace."""
+    """Ready engine pods by the word under which they are found."""
 
     def __init__(self) -> None:
         self.pods: dict[str, list[dict[str, Any]]] = {}
 
-    def all(self, _kind: Any, namespace: str | None = None) -> list[dict[str, Any]]:
-        return self.pods.get(namespace or "", [])
+    def indexed(self, word: str) -> list[dict[str, Any]]:
+        return self.pods.get(word, [])
 
     def get(self, _ref: Any) -> None:
         return None
@@ -99,7 +101,7 @@ async def test_a_thousand_resources_are_measured_within_five_minutes_and_a_lapse
     for number in range(RESOURCES):
         owner = Owner("llama", f"ns{number}", f"uid-{number}")
         last = number == RESOURCES - 1
-        cache.pods[owner.namespace] = [
+        cache.pods[labelled(POD, owner.namespace, owner.label)] = [
             engine(owner, pod, f"127.90.0.{pod + 1}" if last else f"10.{number // 250}.{number % 250}.{pod}")
             for pod in range(PODS)
         ]
@@ -149,11 +151,11 @@ async def test_dear_rounds_that_do_not_end_hide_no_lapse_of_others() -> None:
     running = asyncio.create_task(prober.run())
     for number in range(40):
         owner = Owner("llama", f"ns{number}", f"uid-{number}")
-        cache.pods[owner.namespace] = [engine(owner, 0, f"10.9.0.{number}")]
+        cache.pods[labelled(POD, owner.namespace, owner.label)] = [engine(owner, 0, f"10.9.0.{number}")]
         prober.follow(subject(owner))
     await asyncio.sleep(1)  # their changes are due, and nothing of theirs ever ends
     owner = Owner("llama", "apps", "uid-1")
-    cache.pods["apps"] = [engine(owner, 0, "10.0.0.1")]
+    cache.pods[labelled(POD, "apps", owner.label)] = [engine(owner, 0, "10.0.0.1")]
     prober.follow(subject(owner), Proof("True", "Measured", "As it was."))
     track = prober._tracks[owner.namespace, owner.name]  # type: ignore[index]
     try:
@@ -179,7 +181,7 @@ async def test_silence_without_a_sign_of_life_renews_nothing_and_is_looked_into(
     owner, cache = Owner("llama", "apps", "uid-1"), Cache()
     door = engine(owner, 1, "10.0.1.1")
     door["metadata"]["labels"] = owner.pod_labels("gateway")
-    cache.pods["apps"] = [engine(owner, 0, "10.0.0.1"), door]
+    cache.pods[labelled(POD, "apps", owner.label)] = [engine(owner, 0, "10.0.0.1"), door]
     prober = Prober(
         None, cache, None, Context(), now=lambda: datetime.now(UTC), monotonic=lambda: moment,  # type: ignore[arg-type]
         changed=lambda _who: None, observer=Observer(), others=no_others, dial=dialled,
@@ -201,7 +203,7 @@ async def test_silence_without_a_sign_of_life_renews_nothing_and_is_looked_into(
     assert (track.proof, track.proof.verified_at) == (before, before.verified_at)
     assert track.due("complete") == moment, "what silences the gateway is looked into at once"
     track.changed_at = None
-    cache.pods["apps"].pop()
+    cache.pods[labelled(POD, "apps", owner.label)].pop()
     await prober._turn(track, "full")
     assert track.due("complete") == moment, "no gateway is no sign of life either"
 
@@ -213,7 +215,9 @@ async def test_a_complete_round_of_a_large_resource_says_nothing_before_its_last
 
     tried, reached = list[str](), set[str]()
     owner, cache = Owner("llama", "apps", "uid-1"), Cache()
-    cache.pods["apps"] = [engine(owner, number, f"10.0.0.{number}") for number in range(10, 30)]  # a node each
+    cache.pods[labelled(POD, "apps", owner.label)] = [
+        engine(owner, number, f"10.0.0.{number}") for number in range(10, 30)
+    ]  # a node each
     prober = Prober(
         None, cache, None, Context(), now=lambda: datetime.now(UTC), monotonic=lambda: 1000.0,  # type: ignore[arg-type]
         changed=lambda _who: None, observer=Observer(), others=no_others, dial=dialled,
@@ -252,7 +256,7 @@ async def test_a_port_that_the_spec_opens_to_somebody_is_not_tried_from_there_an
         return Reach.SILENT
 
     owner, cache = Owner("llama", "apps", "uid-1"), Cache()
-    cache.pods["apps"] = [engine(owner, 0, "10.0.0.1")]
+    cache.pods[labelled(POD, "apps", owner.label)] = [engine(owner, 0, "10.0.0.1")]
     prober = Prober(
         None, cache, None, Context(), now=lambda: datetime.now(UTC), monotonic=time.monotonic,  # type: ignore[arg-type]
         changed=lambda _who: None, observer=Observer(), others=no_others, dial=recorded,
@@ -281,7 +285,7 @@ async def test_pauses_between_measurements_that_show_nothing_grow_until_a_pod_co
 
     moment = 1000.0
     owner, cache = Owner("llama", "apps", "uid-1"), Cache()
-    cache.pods["apps"] = [engine(owner, 0, "10.0.0.1")]
+    cache.pods[labelled(POD, "apps", owner.label)] = [engine(owner, 0, "10.0.0.1")]
     prober = Prober(
         None, cache, None, Context(), now=lambda: datetime.now(UTC), monotonic=lambda: moment,  # type: ignore[arg-type]
         changed=lambda _who: None, observer=Observer(), others=no_others, dial=silence,
@@ -297,6 +301,6 @@ async def test_pauses_between_measurements_that_show_nothing_grow_until_a_pod_co
         return track.canary_at - moment
 
     assert [await pause() for _ in range(4)] == [60, 120, 240, 480]
-    cache.pods["apps"].append(engine(owner, 1, "10.0.0.2"))
+    cache.pods[labelled(POD, "apps", owner.label)].append(engine(owner, 1, "10.0.0.2"))
     prober.follow(subject(owner))
     assert [await pause() for _ in range(2)] == [60, 120]

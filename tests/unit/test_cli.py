@@ -151,6 +151,11 @@ def test_routes_start_at_once() -> None:
     assert done.stderr.strip() == ""
 
 
+def test_the_operator_answers_before_it_loads_what_only_a_leader_needs() -> None:
+    program = "import sys, securevllm.operator; sys.exit('kopf' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0  # noqa: S603
+
+
 def test_routes_of_a_profile_as_tables() -> None:
     table = run("routes", "--profile", "chat").stdout.splitlines()
     marked = run("routes", "--profile", "chat", "-o", "md").stdout.splitlines()

@@ -10,6 +10,7 @@ from securevllm.api.kinds import POD
 from securevllm.api.parse import parse
 from securevllm.context import Context
 from securevllm.gateways import Pod, ReadBack, Served
+from securevllm.operator import words
 from securevllm.render import Observed, readback, render
 from securevllm.render.meta import Owner
 from securevllm.store import Store, Watched
@@ -52,7 +53,7 @@ def pod(name: str, role: str, container: str = "c1", version: int = 1) -> dict[s
 
 
 def test_what_engines_said_counts_until_one_of_them_starts_anew() -> None:
-    store, gateways = Store([Watched(POD)]), Gateways()
+    store, gateways = Store([Watched(POD)], index=words), Gateways()
     look_at = ReadBack(cast("Any", None), store, gateways)
 
     def reported(said: str) -> tuple[str, ...]:

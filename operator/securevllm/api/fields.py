@@ -20,7 +20,10 @@ CRD_DEFAULT: dict[str, Any] = {"x-crd-default": True}
 class Model(BaseModel):
     """Base of all models: immutable, no unknown fields, camelCase in YAML."""
 
-    model_config = ConfigDict(alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid")
+    # Built when it is needed first: a start, and most commands, read no spec.
+    model_config = ConfigDict(
+        alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid", defer_build=True
+    )
 
 
 def rule(expression: str, message: str) -> dict[str, JsonValue]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Any, Protocol
 
 from securevllm.api import kinds
 from securevllm.api.units import seconds
+from securevllm.children import labelled, pods_of
 from securevllm.proof.foreign import told, wider
 from securevllm.proof.held import held
 from securevllm.proof.prober import Gateways, Subject, Who
@@ -16,7 +17,7 @@ from securevllm.proof.report import age
 from securevllm.proof.targets import requests
 from securevllm.proof.verdict import Proof
 from securevllm.render import gateway
-from securevllm.render.meta import RESOURCE_LABEL, VERIFY_ANNOTATION, digest
+from securevllm.render.meta import VERIFY_ANNOTATION, digest
 from securevllm.topology import Role
 
 if TYPE_CHECKING:
@@ -93,22 +94,23 @@ class Evidences:
             rendered: what it should have.
             status: its status as it is.
         """
-        pods = [
-            pod
-            for pod in self._cache.all(kinds.POD, owner.namespace)
-            if pod["metadata"].get("labels", {}).get(RESOURCE_LABEL) == owner.label
-        ]
+        pods = pods_of(self._cache, owner)
         templates = [obj["spec"]["template"] for obj in (*rendered.workloads, *rendered.withheld)]
         opened = wider(
             owner.namespace,
             owner.label,
             (rendered.deny, *rendered.isolation),
-            self._cache.all(kinds.NETWORK_POLICY, owner.namespace),
+            self._policies(owner),
             (*templates, *pods),
         )
         waiting = held(pods, self._now())
         proof = self._prober.proof(Who(owner.namespace, owner.name), owner.uid) or self._left(status)
         return Evidence(proof, waiting.pods, told(opened), len({item.policy for item in opened}), waiting.again)
+
+    def _policies(self, owner: Owner) -> Iterator[KubeObject]:
+        """Without those that ask for the label of another resource: of a hundred resources, most."""
+        for label in ("", owner.label):
+            yield from self._cache.indexed(labelled(kinds.NETWORK_POLICY, owner.namespace, label))
 
     def add(self, facts: Facts, evidence: Evidence, wanted: Accepted, status: Mapping[str, Any]) -> Facts:
         """The facts with the evidence."""

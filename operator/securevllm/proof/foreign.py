@@ -50,7 +50,7 @@ def wider(
         namespace: of the resource.
         label: value of ``securevllm.io/resource`` of its pods.
         ours: rendered policies of the resource, and the default-deny.
-        live: every NetworkPolicy of the namespace.
+        live: every NetworkPolicy of the namespace; those that are ``asked_for`` another resource may be left out.
         templates: pods or pod templates of the resource: labels and named ports.
     """
     rendered = [netpol.parse(policy, namespace) for policy in ours]
@@ -59,7 +59,7 @@ def wider(
     found = set()
     for obj in live:
         name = obj["metadata"]["name"]
-        if name in own or _of_another(obj, label):
+        if name in own or asked_for(obj) not in {"", label}:
             continue
         try:
             policy = netpol.parse(obj, namespace)
@@ -72,10 +72,10 @@ def wider(
     return tuple(sorted(found))
 
 
-def _of_another(policy: Mapping[str, Any], label: str) -> bool:
-    """Whether a policy asks for the label of another resource: with a hundred of them, most need not even be read."""
+def asked_for(policy: Mapping[str, Any]) -> str:
+    """The label of a resource that a policy asks for; empty: of none. What asks for another's need not even be read."""
     selector = (policy.get("spec") or {}).get("podSelector") or {}
-    return bool((selector.get("matchLabels") or {}).get(RESOURCE_LABEL, label) != label)
+    return str((selector.get("matchLabels") or {}).get(RESOURCE_LABEL, ""))
 
 
 def holding(namespace: str, labels: Mapping[str, str], live: Iterable[Mapping[str, Any]]) -> tuple[str, ...]:

@@ -19,7 +19,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, NamedTuple, Protocol, TypeVar
@@ -28,6 +28,7 @@ import structlog
 
 from securevllm.api import kinds
 from securevllm.api.kinds import Ref
+from securevllm.children import pods_of
 from securevllm.errors import ApiError, LeadershipLost
 from securevllm.gateways import Pod
 from securevllm.proof.asking import Asking, Asks, unanswered
@@ -49,7 +50,7 @@ from securevllm.proof.targets import (
 from securevllm.proof.verdict import Control, Proof, Question, Round, Sample, Vantage, judge, merged
 from securevllm.proof.wire import Reach, Target
 from securevllm.render import canary
-from securevllm.render.meta import RESOURCE_LABEL
+from securevllm.render.meta import ROLE_LABEL
 from securevllm.topology import Role
 
 if TYPE_CHECKING:
@@ -508,9 +509,8 @@ class Prober:
             return None
 
     def _pods(self, owner: Owner, role: Role | None = None) -> list[KubeObject]:
-        wanted: Mapping[str, str] = {RESOURCE_LABEL: owner.label} if role is None else owner.selector(role)
-        pods = self._cache.all(kinds.POD, owner.namespace)
-        return [pod for pod in pods if wanted.items() <= pod["metadata"].get("labels", {}).items()]
+        pods = pods_of(self._cache, owner)
+        return [pod for pod in pods if role is None or pod["metadata"]["labels"].get(ROLE_LABEL) == role]
 
 
 async def _ended(tasks: set[asyncio.Task[None]], seconds: float) -> set[asyncio.Task[None]]:

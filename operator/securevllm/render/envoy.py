@@ -309,9 +309,8 @@ _ENVIRONMENT = Environment(
     autoescape=True,
     trim_blocks=True,
     lstrip_blocks=True,
+    auto_reload=False,
 )
-_TEMPLATE_NAMES = (BOOTSTRAP_FILE, *XDS_FILES, API_KEYS_FILE, SIDECAR_FILE)
-_TEMPLATES = {name: _ENVIRONMENT.get_template(f"{name}.j2") for name in _TEMPLATE_NAMES}
 
 
 _LOADER: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
@@ -329,8 +328,10 @@ def filled(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         InternalError: it is not a mapping.
     """
+    # Compiled when it is needed first, and kept by the environment: not in the way of a start.
+    template = _ENVIRONMENT.get_template(f"{name}.j2")
     content = yaml.load(
-        _TEMPLATES[name].render(names=_NAMES, files=_FILES, directories=DIRECTORIES, duration=_duration, **values),
+        template.render(names=_NAMES, files=_FILES, directories=DIRECTORIES, duration=_duration, **values),
         Loader=_LOADER,  # noqa: S506 - a safe one
     )
     if not isinstance(content, dict):

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from securevllm.api import types as api
@@ -71,7 +72,7 @@ class Owner:
     namespace: str
     uid: str
 
-    @property
+    @cached_property
     def label(self) -> str:
         """Value of ``securevllm.io/resource``: a recreated resource must not join pods of the old one."""
         return f"{self.name}-{digest(self.uid, 8)}"
