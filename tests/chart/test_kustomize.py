@@ -48,6 +48,7 @@ VARIANTS = {
         [
             "monitoring.serviceMonitor.enabled=true",
             "monitoring.enginePodMonitor.enabled=true",
+            "monitoring.gatewayPodMonitor.enabled=true",
             "monitoring.prometheusRule.enabled=true",
             "monitoring.dashboard.enabled=true",
         ],
