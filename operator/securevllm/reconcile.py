@@ -404,7 +404,7 @@ class Reconciler:
             failures=outcome.failures,
             missing=clients.missing + tls,
             unfetched=unfetched,
-            figures=await self._figures(owner, spec, made, evidence.wider),
+            figures=replace(await self._figures(owner, spec, made, evidence.wider), behind=found.served.behind),
         )
         # A Secret without our label is not watched: somebody who has just forgotten it will make it soon.
         missing = _LOOK_AGAIN if found.missing or found.unfetched else None

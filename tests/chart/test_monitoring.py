@@ -80,7 +80,7 @@ def exported() -> dict[str, set[str]]:
     metrics.watch_event("Pod", 1.0)
     metrics.watch_missed("Pod", 1)
     metrics.set_conditions("llm", "llama", {"Ready": "True"})
-    metrics.set_figures("llm", "llama", Figures(1, 1.0, 1.0))
+    metrics.set_figures("llm", "llama", Figures(1, 1.0, 1.0, 1))
     metrics.probed("cheap", 0.1)
     metrics.connected("silent")
     metrics.verified("llm", "llama", 1.0)
