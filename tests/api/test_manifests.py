@@ -87,6 +87,22 @@ def test_rights_end_where_the_installation_says(installed: tuple[str, Cluster]) 
         assert not may(cluster, verb, resource, "llm", subresource=subresource), f"{verb} {resource} {subresource}"
 
 
+def test_admission_reserves_the_labels_where_the_installation_says(installed: tuple[str, Cluster]) -> None:
+    variant, cluster = installed
+    everywhere = variant == "install"
+    kubectl(cluster, "apply", "--server-side", "-k", str(MANIFESTS / variant.replace("install", "admission")))
+    eventually(lambda: not borrowed(cluster, "llm"), 30)
+    assert borrowed(cluster, "default") is not everywhere
+
+
+def borrowed(cluster: Cluster, namespace: str) -> bool:
+    """Whether a pod may take a label by which the operator's policies trust pods; only asked, not made."""
+    labelled = ["--labels=securevllm.io/resource=llama-00000000", "--image=example.com/image", "--dry-run=server"]
+    done = kubectl(cluster, "run", "borrower", "-n", namespace, *labelled, check=False)
+    assert done.returncode == 0 or "ValidatingAdmissionPolicy" in done.stderr, done.stderr
+    return done.returncode == 0
+
+
 def test_the_pod_is_what_the_operator_expects(installed: tuple[str, Cluster]) -> None:
     variant, cluster = installed
     live = json.loads(
