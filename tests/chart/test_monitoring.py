@@ -26,7 +26,7 @@ from securevllm.metrics import Metrics
 from securevllm.render import gateway, sidecar
 from securevllm.render.envoy import SCRAPE_PATH
 from securevllm.status import Figures
-from tests.chart.programs import MANIFESTS, ROOT
+from tests.chart.programs import MANIFESTS, ROOT, Helm
 from tests.gateway import wire
 from tests.gateway.gateway import MODEL, make_certificate, started
 
@@ -115,6 +115,29 @@ def test_every_alert_has_a_test_of_both_sides_and_a_runbook(alert: str) -> None:
     assert headings.count(alert) == 1
     assert rule["labels"]["severity"] in {"critical", "warning"}
     assert {"summary", "description"} <= set(rule["annotations"])
+
+
+@pytest.mark.parametrize(
+    ("settings", "page"),
+    [
+        ([], "docs/alerts.md"),
+        (["docsUrl=https://docs.example.com/svllm/"], "https://docs.example.com/svllm/alerts.md"),
+        (
+            [
+                "docsUrl=https://docs.example.com",
+                "monitoring.prometheusRule.runbookUrl=https://wiki.example.com/alerts",
+            ],
+            "https://wiki.example.com/alerts",
+        ),
+    ],
+)
+def test_runbooks_are_where_the_platform_says(helm: Helm, settings: list[str], page: str) -> None:
+    options = [word for setting in ("monitoring.prometheusRule.enabled=true", *settings) for word in ("--set", setting)]
+    (made,) = [obj for obj in helm.template(*options) if obj["kind"] == "PrometheusRule"]
+    links = {
+        rule["alert"]: rule["annotations"]["runbook_url"] for group in made["spec"]["groups"] for rule in group["rules"]
+    }
+    assert links == {rule["alert"]: f"{page}#{rule['alert'].lower()}" for rule in RULES}
 
 
 def test_no_runbook_is_left_of_an_alert_that_is_gone() -> None:
