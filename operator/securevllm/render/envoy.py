@@ -129,7 +129,8 @@ SCRAPED = (
 )
 """Which of Envoy's statistics a scraper gets, as expressions over Envoy's own names: a fifth of what there is.
 
-Those that are still zero are among them: ``rate`` does not see the first event of a counter that appears with it.
+Those that are still zero are among them: ``rate`` does not see the first event of a counter that appears with it. A
+change is one of the bootstrap: gateways of before answer scrapers 403 until they are rolled.
 """
 
 SCRAPED_PATH = f"{METRICS_PATH}?filter={quote('|'.join(SCRAPED), safe='')}"
