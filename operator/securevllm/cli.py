@@ -727,6 +727,15 @@ def _installations(_context: Any, _option: Any, values: tuple[str, ...]) -> tupl
     return values
 
 
+_URL = re.compile(r"https?://[A-Za-z0-9.:\[\]-]{1,253}(?:/[A-Za-z0-9._~/-]{0,253})?")
+
+
+def _docs_url(_context: Any, _option: Any, value: str | None) -> str | None:
+    if value is not None and _URL.fullmatch(value) is None:
+        raise click.BadParameter(f"{value!r} is not an address such as https://docs.example.com/secure-vllm-operator")
+    return value and value.rstrip("/")
+
+
 @main.command()
 @click.option(
     "--namespace",
@@ -770,6 +779,12 @@ def _installations(_context: Any, _option: Any, values: tuple[str, ...]) -> tupl
     help="An installation that is gone, as status.operator names it: its resources become this one's. Repeatable."
     " Never name one that still runs.",
 )
+@click.option(
+    "--docs-url",
+    callback=_docs_url,
+    help="Where your people find the folder docs/ of this release: messages of the status link there. Default: they"
+    " name the page, such as docs/status.md#invalidspec.",
+)
 @_BOUNDS
 @_context_options
 @click.option("--resync", default=600.0, show_default=True, help="Seconds between two full lists.")
@@ -785,6 +800,7 @@ def run(  # noqa: PLR0917 - click gives one argument per option
     canary_pods: bool,
     workers: int,
     take_over: tuple[str, ...],
+    docs_url: str | None,
     resync: float,
     log_format: Any,
     log_level: str,
@@ -794,6 +810,7 @@ def run(  # noqa: PLR0917 - click gives one argument per option
     """Run the operator until SIGTERM. Exit code 0: asked to stop; 1: it failed, or another one leads."""
     from securevllm.operator import run as run_operator  # noqa: PLC0415 - see the module's docstring
     from securevllm.settings import Settings  # noqa: PLC0415 - see the module's docstring
+    from securevllm.status import DOCS  # noqa: PLC0415 - see the module's docstring
 
     settings = Settings(
         namespace=cluster["operator_namespace"],
@@ -808,6 +825,7 @@ def run(  # noqa: PLR0917 - click gives one argument per option
         log_format=log_format,
         log_level=log_level,
         take_over=take_over,
+        docs_url=docs_url or DOCS,
         resync_seconds=resync,
         context=_context(**cluster),
         bounds=_bounds(bounds_file),

@@ -138,6 +138,12 @@ class Metrics:
             ("namespace", "name"),
             registry=self.registry,
         )
+        self._behind = Gauge(
+            "securevllm_gateway_pods_behind",
+            "Gateway pods of a SecureVLLMDeployment that answer and do not serve the current files.",
+            ("namespace", "name"),
+            registry=self.registry,
+        )
         Gauge(
             "securevllm_build_info", "Version of the operator; always 1.", ("version",), registry=self.registry
         ).labels(version).set(1)
@@ -198,7 +204,12 @@ class Metrics:
 
     def set_figures(self, namespace: str, name: str, figures: Figures) -> None:
         """Set what is told of a resource in numbers; what is not known is not shown."""
-        told = ((self._wider, figures.wider), (self._key, figures.key_made), (self._ends, figures.certificate_ends))
+        told = (
+            (self._wider, figures.wider),
+            (self._key, figures.key_made),
+            (self._ends, figures.certificate_ends),
+            (self._behind, figures.behind),
+        )
         for gauge, value in told:
             if value is not None:
                 gauge.labels(namespace, name).set(value)
@@ -208,7 +219,7 @@ class Metrics:
     def forget(self, namespace: str, name: str) -> None:
         """Remove what was told of a resource that is gone."""
         self._conditions.statuses.pop((namespace, name), None)
-        for gauge in (self._verified, self._wider, self._key, self._ends):
+        for gauge in (self._verified, self._wider, self._key, self._ends, self._behind):
             _remove(gauge, namespace, name)
 
 

@@ -213,6 +213,7 @@ class _Process:
             now=_now,
             monotonic=boot_clock,
             told=_told(metrics),
+            docs=settings.docs_url,
         )
         self.queue: WorkQueue[Key] = WorkQueue(reconciler, observer=metrics)
         self._metrics = metrics

@@ -35,7 +35,7 @@ from securevllm.render import render as render_resource
 from securevllm.render.closing import closed
 from securevllm.render.meta import ISOLATION, RESTART_ANNOTATION, ROLE_LABEL, Owner
 from securevllm.rollout import Look, Rollout
-from securevllm.status import Facts, Fetch, Figures, Workload, status, transitions
+from securevllm.status import DOCS, Facts, Fetch, Figures, Workload, status, transitions
 from securevllm.status import fetch as read_fetch
 from securevllm.status import workload as read_workload
 
@@ -111,6 +111,7 @@ class Reconciler:
         claims: which resources are this installation's.
         evidences: of isolation.
         told: the conditions and figures of every resource, and None when it is gone (metrics).
+        docs: where people find the pages that messages name.
     """
 
     def __init__(
@@ -126,10 +127,11 @@ class Reconciler:
         now: Callable[[], datetime],
         monotonic: Callable[[], float],
         told: Told = lambda *_: None,
+        docs: str = DOCS,
     ) -> None:
         self._kubernetes, self._cache, self._context = kubernetes, cache, context
         self._bounds, self._now, self._told = limits, now, told
-        self._claims, self._evidences = claims, evidences
+        self._claims, self._evidences, self._docs = claims, evidences, docs
         self._children = Children(kubernetes, cache, monotonic)
         self._deny = DefaultDeny(kubernetes, cache, self._children, monotonic)
         self._generator = Generator(self._children, context, now)
@@ -404,7 +406,7 @@ class Reconciler:
             failures=outcome.failures,
             missing=clients.missing + tls,
             unfetched=unfetched,
-            figures=await self._figures(owner, spec, made, evidence.wider),
+            figures=replace(await self._figures(owner, spec, made, evidence.wider), behind=found.served.behind),
         )
         # A Secret without our label is not watched: somebody who has just forgotten it will make it soon.
         missing = _LOOK_AGAIN if found.missing or found.unfetched else None
@@ -486,7 +488,7 @@ class Reconciler:
     async def _report(self, resource: KubeObject, facts: Facts) -> None:
         before = resource.get("status", {})
         now = self._now().astimezone(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
-        after = status(facts, before, now)
+        after = status(facts, before, now, self._docs)
         metadata = resource["metadata"]
         if facts.lost or (facts.problems and not facts.fallback):
             # Nothing was reconciled: what was seen before is still the best that can be said.

@@ -11,6 +11,7 @@ import yaml
 from securevllm.api import bounds as platform
 from securevllm.context import Context
 from securevllm.errors import OperatorError
+from securevllm.status import DOCS
 
 LEASE = "secure-vllm-operator"
 
@@ -32,6 +33,7 @@ class Settings:
         log_format: ``json`` or ``console``.
         log_level: for example ``INFO``.
         take_over: installations that are gone, whose resources become this one's; each ``<namespace>/<Lease>``.
+        docs_url: where people find the pages that messages name, without a slash at the end.
         resync_seconds: how often everything is listed again: a deletion in a watch gap is never told.
         context: what rendering has to know of the cluster.
         bounds: what the platform lets any resource ask for.
@@ -49,6 +51,7 @@ class Settings:
     log_format: Literal["json", "console"] = "json"
     log_level: str = "INFO"
     take_over: tuple[str, ...] = ()
+    docs_url: str = DOCS
     resync_seconds: float = 600.0
     context: Context = field(default_factory=Context)
     bounds: platform.PlatformBounds = field(default_factory=platform.PlatformBounds)

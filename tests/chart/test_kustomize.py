@@ -12,16 +12,19 @@ from tests.chart.programs import MANIFESTS, Helm, Object, by_key, kustomize, wit
 
 HELM_ONLY = ("helm.sh/chart", "helm.sh/resource-policy", "app.kubernetes.io/managed-by", "app.kubernetes.io/version")
 """What tells helm which objects are its own."""
+BINDING = "ValidatingAdmissionPolicyBinding"
 NAMESPACE = ("Namespace", "", "secure-vllm-operator")
 """`helm install --create-namespace` makes it; the labels of Pod Security are in the manifests."""
 
 
-def build(tmp_path: Path, base: str, *components: str) -> dict[tuple[str, str, str], Object]:
+def build(
+    tmp_path: Path, base: str, *components: str, beside: tuple[str, ...] = ()
+) -> dict[tuple[str, str, str], Object]:
     """Objects of a kustomization of a user: an installation and components."""
     content = {
         "apiVersion": "kustomize.config.k8s.io/v1beta1",
         "kind": "Kustomization",
-        "resources": [str(Path("manifests") / base)],
+        "resources": [str(Path("manifests") / base), *beside],
         "components": [str(Path("manifests") / name) for name in components],
     }
     for part in ("manifests", "crds"):
@@ -42,12 +45,14 @@ VARIANTS = {
     "cluster-wide": ("install", (), ["admission.enabled=false"]),
     "one namespace": ("install-namespaced", (), ["admission.enabled=false", "watchNamespace=llm"]),
     "with admission": ("install", ("admission",), []),
+    "one namespace with admission": ("install-namespaced", ("admission-namespaced",), ["watchNamespace=llm"]),
     "with everything": (
         "install",
         ("admission", "monitoring"),
         [
             "monitoring.serviceMonitor.enabled=true",
             "monitoring.enginePodMonitor.enabled=true",
+            "monitoring.gatewayPodMonitor.enabled=true",
             "monitoring.prometheusRule.enabled=true",
             "monitoring.dashboard.enabled=true",
         ],
@@ -65,6 +70,22 @@ def test_kustomize_and_helm_make_the_same_objects(helm: Helm, tmp_path: Path, va
     assert sorted(built) == sorted(charted)
     for name, obj in built.items():
         assert charted[name] == obj, name
+
+
+def test_the_component_for_one_namespace_narrows_its_own_bindings_and_nobody_elses(tmp_path: Path) -> None:
+    theirs = {
+        "apiVersion": "admissionregistration.k8s.io/v1",
+        "kind": "ValidatingAdmissionPolicyBinding",
+        "metadata": {"name": "of-the-platform"},
+        "spec": {"policyName": "of-the-platform", "validationActions": ["Deny"]},
+    }
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(theirs), encoding="utf-8")
+    built = build(tmp_path, "install-namespaced", "admission-namespaced", beside=("theirs.yaml",))
+    bindings = {name: obj["spec"].get("matchResources") for (kind, _, name), obj in built.items() if kind == BINDING}
+    narrow = {"namespaceSelector": {"matchLabels": {"kubernetes.io/metadata.name": "llm"}}}
+    assert bindings.pop("of-the-platform") is None
+    assert len(bindings) == 3
+    assert all(scope == narrow for scope in bindings.values())
 
 
 def documented(folder: Path) -> list[Object]:

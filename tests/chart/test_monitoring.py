@@ -1,6 +1,7 @@
-"""Alerts fire when they should, and every query is about metrics that the operator exports.
+"""Alerts fire when they should, and every query is about metrics that are exported.
 
-Alerts are run by promtool; names and labels are compared with what `Metrics` really writes.
+Alerts are run by promtool; names and labels are compared with what `Metrics` really writes, and with what a real Envoy
+shows to a scraper.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +23,12 @@ from e2e.cluster.errors import ClusterError
 from e2e.promtool import find_or_unpack
 from securevllm import __version__
 from securevllm.metrics import Metrics
+from securevllm.render import gateway, sidecar
+from securevllm.render.envoy import SCRAPE_PATH
 from securevllm.status import Figures
-from tests.chart.programs import MANIFESTS, ROOT
+from tests.chart.programs import MANIFESTS, ROOT, Helm
+from tests.gateway import wire
+from tests.gateway.gateway import MODEL, make_certificate, started
 
 HERE = Path(__file__).parent
 RULE = yaml.safe_load((MANIFESTS / "monitoring" / "prometheus-rule.yaml").read_text(encoding="utf-8"))
@@ -35,6 +41,9 @@ QUERIES = {rule["alert"]: rule["expr"] for rule in RULES} | {
 }
 SCRAPED = {"namespace", "pod", "instance", "job", "service", "endpoint", "container", "le"}
 """Labels that Prometheus adds to what it scrapes, and the one of buckets."""
+GATEWAYS = yaml.safe_load((MANIFESTS / "monitoring" / "pod-monitor-gateways.yaml").read_text(encoding="utf-8"))
+RELABELED = {rule["targetLabel"] for end in GATEWAYS["spec"]["podMetricsEndpoints"] for rule in end["relabelings"]}
+"""Labels that the monitor of the gateways adds."""
 
 
 @pytest.fixture(scope="session")
@@ -43,6 +52,21 @@ def promtool() -> Path:
         return find_or_unpack(lambda line: print(line, file=sys.__stderr__, flush=True))
     except ClusterError as error:
         pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def of_a_gateway(tmp_path_factory: pytest.TempPathFactory) -> dict[str, set[str]]:
+    """Name of each sample that a scraper gets of a real gateway, and its labels."""
+    with started(MODEL, tmp_path_factory.mktemp("gateway"), make_certificate()) as running:
+        wire.exchange(running.port, wire.request("GET", "/v1/models", "connection: close"))
+        asked, answer = wire.request("GET", SCRAPE_PATH, "connection: close", key=None), ""
+        deadline = time.monotonic() + 30
+        # Buckets are there from the first flush after the first request; Envoy's are five seconds apart.
+        while "_bucket{" not in answer and time.monotonic() < deadline:
+            time.sleep(0.5)
+            answer = wire.exchange(running.envoy.model.metrics_port, asked, tls=False).decode()
+    samples = re.findall(r"^(envoy_\w+)\{([^}]*)\} ", answer, re.MULTILINE)
+    return {name: set(re.findall(r'(\w+)="', labels)) for name, labels in samples}
 
 
 @pytest.fixture(scope="session")
@@ -56,7 +80,7 @@ def exported() -> dict[str, set[str]]:
     metrics.watch_event("Pod", 1.0)
     metrics.watch_missed("Pod", 1)
     metrics.set_conditions("llm", "llama", {"Ready": "True"})
-    metrics.set_figures("llm", "llama", Figures(1, 1.0, 1.0))
+    metrics.set_figures("llm", "llama", Figures(1, 1.0, 1.0, 1))
     metrics.probed("cheap", 0.1)
     metrics.connected("silent")
     metrics.verified("llm", "llama", 1.0)
@@ -93,6 +117,29 @@ def test_every_alert_has_a_test_of_both_sides_and_a_runbook(alert: str) -> None:
     assert {"summary", "description"} <= set(rule["annotations"])
 
 
+@pytest.mark.parametrize(
+    ("settings", "page"),
+    [
+        ([], "docs/alerts.md"),
+        (["docsUrl=https://docs.example.com/svllm/"], "https://docs.example.com/svllm/alerts.md"),
+        (
+            [
+                "docsUrl=https://docs.example.com",
+                "monitoring.prometheusRule.runbookUrl=https://wiki.example.com/alerts",
+            ],
+            "https://wiki.example.com/alerts",
+        ),
+    ],
+)
+def test_runbooks_are_where_the_platform_says(helm: Helm, settings: list[str], page: str) -> None:
+    options = [word for setting in ("monitoring.prometheusRule.enabled=true", *settings) for word in ("--set", setting)]
+    (made,) = [obj for obj in helm.template(*options) if obj["kind"] == "PrometheusRule"]
+    links = {
+        rule["alert"]: rule["annotations"]["runbook_url"] for group in made["spec"]["groups"] for rule in group["rules"]
+    }
+    assert links == {rule["alert"]: f"{page}#{rule['alert'].lower()}" for rule in RULES}
+
+
 def test_no_runbook_is_left_of_an_alert_that_is_gone() -> None:
     headings = re.findall(
         r"^## (SecureVLLM\w+)$", (ROOT / "docs" / "alerts.md").read_text(encoding="utf-8"), re.MULTILINE
@@ -101,19 +148,31 @@ def test_no_runbook_is_left_of_an_alert_that_is_gone() -> None:
 
 
 @pytest.mark.parametrize("name", QUERIES)
-def test_queries_ask_for_what_is_exported(name: str, exported: dict[str, set[str]]) -> None:
+def test_queries_ask_for_what_is_exported(name: str, request: pytest.FixtureRequest) -> None:
     query = QUERIES[name]
+    gateways = "envoy_" in query
+    exported: dict[str, set[str]] = request.getfixturevalue("of_a_gateway" if gateways else "exported")
+    added = SCRAPED | (RELABELED if gateways else set())
     plain = re.sub(r'"[^"]*"', '""', query)
-    selectors = re.findall(r"\b((?:securevllm|process)_\w+)(?:\{([^}]*)\})?", plain)
+    ungrouped = re.sub(r"\b(?:by|on) \([^)]*\)", "", plain)
+    selectors = re.findall(r"\b((?:securevllm|process|envoy)_\w+)(?:\{([^}]*)\})?", ungrouped)
     assert selectors
     labels: set[str] = set()
     for metric, matchers in selectors:
         assert metric in exported, f"{metric} is not exported"
         labels |= exported[metric]
         asked = set(re.findall(r"(\w+)\s*(?:=~|!~|!=|=)", matchers))
-        assert asked <= exported[metric] | SCRAPED, f"{metric} has no label {asked - exported[metric] - SCRAPED}"
+        assert asked <= exported[metric] | added, f"{metric} has no label {asked - exported[metric] - added}"
     grouped = {label.strip() for names in re.findall(r"\b(?:by|on) \(([^)]*)\)", plain) for label in names.split(",")}
-    assert grouped <= labels | SCRAPED, f"no label {grouped - labels - SCRAPED}"
+    assert grouped <= labels | added, f"no label {grouped - labels - added}"
+
+
+def test_monitors_ask_the_ports_that_pods_have_and_no_pod_twice() -> None:
+    engines = yaml.safe_load((MANIFESTS / "monitoring" / "pod-monitor-engines.yaml").read_text(encoding="utf-8"))
+    ports = [[end["port"] for end in monitor["spec"]["podMetricsEndpoints"]] for monitor in (engines, GATEWAYS)]
+    assert ports == [[sidecar.NAME], [gateway.METRICS_PORT]]
+    # Prometheus asks for /metrics unless it is told otherwise.
+    assert not any("path" in end for monitor in (engines, GATEWAYS) for end in monitor["spec"]["podMetricsEndpoints"])
 
 
 @pytest.mark.parametrize("name", QUERIES)

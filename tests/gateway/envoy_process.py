@@ -90,13 +90,14 @@ class Volumes:
 
 def local_model(model: GatewayModel, upstream_port: int) -> GatewayModel:
     """The model on loopback with free ports."""
-    listen, ops, admin = free_ports(3)
+    listen, ops, admin, metrics = free_ports(4)
     return dataclasses.replace(
         model,
         listen_address="127.0.0.1",
         listen_port=listen,
         ops_port=ops,
         admin_port=admin,
+        metrics_port=model.metrics_port and metrics,
         upstream_port=upstream_port,
     )
 
@@ -242,7 +243,7 @@ def flatten(files: Mapping[str, str], api_keys: str) -> dict[str, Any]:
                 if "rds" in manager:
                     del manager["rds"]
                     manager["route_config"] = resources["rds.yaml"][0]
-                for http in manager["http_filters"]:
+                for http in manager.get("http_filters", ()):
                     if http.pop("config_discovery", None):
                         http["typed_config"] = extensions[http["name"]]
                     if http["name"] == "envoy.filters.http.credential_injector":

@@ -26,6 +26,7 @@ MODEL = GatewayModel(
     listen_port=8443,
     ops_port=9902,
     admin_port=9901,
+    metrics_port=9903,
     routes=attacks.ALLOWED,
     upstream_host="llama-engine.ns.svc.cluster.local",
     upstream_port=8000,

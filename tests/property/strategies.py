@@ -25,7 +25,7 @@ CIDRS = (
     "2000::/3",
 )
 PRIVATE_CIDRS = ("10.0.0.0/8", "172.16.0.0/12", "192.168.7.0/24", "fd00::/8")
-PORTS = (22, 53, 80, 443, 5432, 8000, 8080, 8443, 9901, 9902, 65535)
+PORTS = (22, 53, 80, 443, 5432, 8000, 8080, 8443, 9901, 9902, 9903, 65535)
 WHY = st.just("because this test says so")
 FILES: JsonMap = {"name": "files", "mountPath": "/mnt/files", "configMap": {"name": "files"}}
 PROXY: JsonMap = {

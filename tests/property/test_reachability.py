@@ -226,7 +226,7 @@ def test_scrapers_reach_the_metrics_of_heads_and_nothing_else() -> None:
     scraper = next(pod for pod in pods if pod.namespace == "other" and pod.labels.get("app") == "web")
     mine = [one for one in made.members if one.topology and (one.owner.name, one.owner.namespace) == ("llama", "apps")]
     opened = {(one.role.value, evaluator.open_ports(scraper, one.pod, "TCP")) for one in mine}
-    assert opened == {("gateway", ()), ("engine", ((9464, 9464),)), ("engine-worker", ())}
+    assert opened == {("gateway", ((9903, 9903),)), ("engine", ((9464, 9464),)), ("engine-worker", ())}
     for pod in pods:
         for one in mine:
             assert evaluator.open_ports(pod, one.pod, "UDP") == ()

@@ -119,9 +119,9 @@ def test_addresses_are_the_declared_ones_and_never_the_clusters(raw: dict[str, A
     declared = {cidr for entry in raw.get("security", {}).get("egress", ()) for cidr in entry["to"].get("cidrs", ())}
     clients = set((raw.get("gateway", {}).get("clients") or {}).get("cidrs", ()))
     events = (raw.get("security", {}).get("kvEvents") or {}).get("from", {})
-    metrics = (raw.get("security", {}).get("metrics") or {}).get("from", {})
-    allowed = {role.value: declared | {*events.get("cidrs", ()), *metrics.get("cidrs", ())} for role in VLLM}
-    allowed |= {"gateway": clients, "fetch": {"0.0.0.0/0", "::/0"}, "router": set()}
+    scrapers = set((raw.get("security", {}).get("metrics") or {}).get("from", {}).get("cidrs", ()))
+    allowed = {role.value: declared | scrapers | {*events.get("cidrs", ())} for role in VLLM}
+    allowed |= {"gateway": clients | scrapers, "fetch": {"0.0.0.0/0", "::/0"}, "router": set()}
     for policy in found.isolation:
         role = policy["spec"]["podSelector"]["matchLabels"].get("securevllm.io/role")
         for block in _blocks(policy["spec"]):

@@ -21,6 +21,8 @@ from securevllm.proof.verdict import Proof
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from securevllm.settings import Settings
+
 ROOT = Path(__file__).parents[2]
 SAMPLE = ROOT / "manifests/samples/quickstart.yaml"
 
@@ -169,6 +171,25 @@ def test_run_without_a_cluster_says_what_to_do() -> None:
     result = run("run", "--http-port", "0")
     assert result.exit_code == 1
     assert "--kubeconfig FILE" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "address",
+    ["", "docs", "docs.example.com", "javascript:alert(1)", "https://a b", "https://a/?q=1", "https://u:p@host/", "ftp://a",
+     "https://a/<b>", "https://a/" + "x" * 300],
+)  # fmt: skip
+def test_an_address_of_the_documentation_that_is_none_is_wrong_usage(address: str) -> None:
+    result = run("run", f"--docs-url={address}")
+    assert result.exit_code == 2
+    assert "is not an address such as https://docs.example.com" in result.stderr
+
+
+def test_the_address_of_the_documentation_has_no_slash_at_its_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Settings] = []
+    monkeypatch.setattr("securevllm.operator.run", seen.append)
+    for arguments in ((), ("--docs-url=https://docs.example.com:8443/svllm/",)):
+        assert run("run", *arguments).exit_code == 0
+    assert [settings.docs_url for settings in seen] == ["docs", "https://docs.example.com:8443/svllm"]
 
 
 # --------------------------------------------------------------------------------------------------------- explain

@@ -31,6 +31,7 @@ MODEL = GatewayModel(
     listen_port=8443,
     ops_port=9902,
     admin_port=9901,
+    metrics_port=9903,
     routes=ROUTES,
     upstream_host="llama-engine.ns.svc.cluster.local",
     upstream_port=8000,
@@ -251,6 +252,21 @@ def _ops(files: dict[str, Any]) -> list[dict[str, Any]]:
     return routes
 
 
+def _scraped(files: dict[str, Any]) -> dict[str, Any]:
+    manager: dict[str, Any] = files["lds.yaml"]["resources"][2]["filter_chains"][0]["filters"][1]["typed_config"]
+    return manager
+
+
+def _scrape_routes(files: dict[str, Any]) -> list[dict[str, Any]]:
+    routes: list[dict[str, Any]] = _scraped(files)["route_config"]["virtual_hosts"][0]["routes"]
+    return routes
+
+
+def _scrape_rules(files: dict[str, Any]) -> dict[str, Any]:
+    rules: dict[str, Any] = _scraped(files)["http_filters"][0]["typed_config"]["rules"]
+    return rules
+
+
 MISTAKES: dict[str, Callable[[dict[str, Any]], object]] = {
     "prefix": lambda f: _first(f)["match"].update(prefix=_first(f)["match"].pop("path")),
     "other path": lambda f: _first(f)["match"].update(path="/pause"),
@@ -291,6 +307,17 @@ MISTAKES: dict[str, Callable[[dict[str, Any]], object]] = {
     "ops leads to engines twice": lambda f: _ops(f).insert(0, copy.deepcopy(_ops(f)[2])),
     "ops leads metrics to engines": lambda f: _ops(f)[0]["route"].update(cluster="engine"),
     "ops refuses nothing": lambda f: _ops(f).pop(),
+    "scrapers get all of the admin interface": lambda f: _scrape_routes(f)[0].update(match={"prefix": "/"}),
+    "scrapers get another page": lambda f: _scrape_routes(f)[0]["route"].update(prefix_rewrite="/config_dump"),
+    "scrapers get to engines": lambda f: _scrape_routes(f)[0]["route"].update(cluster="engine"),
+    "scrapers may post": lambda f: _scrape_routes(f)[0]["match"]["headers"].pop(0),
+    "scrapers may send a body": lambda f: _scrape_routes(f)[0]["match"]["headers"].pop(),
+    "scrapers get a second route": lambda f: _scrape_routes(f).insert(0, copy.deepcopy(_scrape_routes(f)[0])),
+    "scrapers are not refused": lambda f: _scrape_routes(f).pop(),
+    "scrapers may ask all": lambda f: _scrape_rules(f)["policies"]["metrics"].update(permissions=[{"any": True}]),
+    "scrapers may upgrade": lambda f: _scraped(f).update(upgrade_configs=[{"upgrade_type": "websocket"}]),
+    "no rules for scrapers": lambda f: _scraped(f)["http_filters"].pop(0),
+    "nobody to scrape": lambda f: f["lds.yaml"]["resources"].pop(),
     "listener added": lambda f: f["lds.yaml"]["resources"].append({"name": "back-door"}),
 }  # fmt: skip
 
@@ -300,7 +327,8 @@ def _check(files: dict[str, Any]) -> None:
         envoy_check.Entry(one.http_method, "" if one.regex else one.path, one.regex, one.websocket) for one in ROUTES
     )
     version = (envoy.ENGINE_VERSION_PATH, "/version")
-    envoy_check.check(files, wanted=wanted, authentication=True, engine_version=version)
+    scraped = (envoy.SCRAPE_PATH, envoy.SCRAPED_PATH)
+    envoy_check.check(files, wanted=wanted, authentication=True, engine_version=version, scraped=scraped)
 
 
 def test_rendered_files_pass_the_check() -> None:

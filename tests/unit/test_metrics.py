@@ -37,9 +37,9 @@ def test_of_each_condition_type_exactly_one_status_is_set() -> None:
 def test_nothing_of_a_deleted_resource_stays() -> None:
     metrics = Metrics("1.2.3")
     metrics.set_conditions("default", "llama", {"Ready": "True"})
-    metrics.set_figures("default", "llama", Figures(2, 1.0, 2.0))
+    metrics.set_figures("default", "llama", Figures(2, 1.0, 2.0, 1))
     metrics.verified("default", "llama", 3.0)
-    assert len([labels for _, labels in samples(metrics) if ("name", "llama") in labels]) == len(STATUSES) + 4
+    assert len([labels for _, labels in samples(metrics) if ("name", "llama") in labels]) == len(STATUSES) + 5
     metrics.forget("default", "llama")
     metrics.forget("default", "never-seen")
 
@@ -48,7 +48,7 @@ def test_nothing_of_a_deleted_resource_stays() -> None:
 
 def test_what_is_not_known_any_more_is_not_shown() -> None:
     metrics = Metrics("1.2.3")
-    metrics.set_figures("default", "llama", Figures(0, 1.0, 2.0))
+    metrics.set_figures("default", "llama", Figures(0, 1.0, 2.0, 1))
     metrics.set_figures("default", "llama", Figures(1, 1.0, None))
 
     labels = (("name", "llama"), ("namespace", "default"))

@@ -21,8 +21,7 @@ OWN: dict[str, set[object]] = {
     "http.py": {"/metrics"},  # the operator's own metrics
     "topology/plan.py": {8080},  # the gateway's port without TLS
     "render/engine.py": {"/health", "/version"},  # kubelet's probe; what the operator asks
-    "render/envoy.py": {"/health"},  # the gateway's health check
-    "render/sidecar.py": {"/metrics"},  # the one route that it forwards
+    "render/envoy.py": {"/health", "/metrics"},  # the gateway's health check; the one route for scrapers
     "proof/foreign.py": {8000},  # a port of others, to name what a policy without ports opens
 }
 """Values that are not vLLM's, or that name its health route to a probe."""

@@ -1,10 +1,13 @@
-"""What is remembered of the engines' versions: a gateway tells that of any one engine."""
+"""How many gateways lag behind, and what is remembered of the engines' versions: a gateway tells that of any one."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, cast
+
+import pytest
 
 from securevllm.api.kinds import POD
 from securevllm.api.parse import parse
@@ -12,7 +15,7 @@ from securevllm.context import Context
 from securevllm.gateways import Pod, ReadBack, Served
 from securevllm.operator import words
 from securevllm.render import Observed, readback, render
-from securevllm.render.meta import Owner
+from securevllm.render.meta import REVISION_ANNOTATION, Owner
 from securevllm.store import Store, Watched
 
 OWNER = Owner("llama", "apps", "uid-1")
@@ -24,14 +27,19 @@ RENDERED = render(
 )
 
 
+CURRENT = Served(readback.versions_of(RENDERED.served_files()), 1)
+OLD = Served({**CURRENT.versions, "api_keys.yaml": "one before"}, 1)
+
+
 class Gateways:
     """One that serves what it should, in front of an engine that says what the test wants."""
 
     said = "0.33.0"
+    served_by: Mapping[str, Served | None] = MappingProxyType({})
 
     async def served(self, pods: Sequence[Pod], port: int) -> Mapping[str, Served | None]:
         assert port
-        return {pod.name: Served(readback.versions_of(RENDERED.served_files()), 1) for pod in pods}
+        return {pod.name: self.served_by.get(pod.name, CURRENT) for pod in pods}
 
     async def engine_versions(self, pods: Sequence[Pod], port: int) -> frozenset[str]:
         assert pods
@@ -50,6 +58,34 @@ def pod(name: str, role: str, container: str = "c1", version: int = 1) -> dict[s
         "metadata": metadata | {"resourceVersion": str(version)},
         "status": status,
     }
+
+
+@pytest.mark.parametrize(
+    ("served", "behind"),
+    [
+        ({}, 0),
+        ({"g": OLD}, 1),
+        ({"g": OLD, "h": OLD}, 2),
+        # Nobody knows what a gateway serves that does not answer: the condition says so, and no number does.
+        ({"g": OLD, "h": None}, 1),
+        ({"g": None, "h": None}, None),
+    ],
+)
+def test_gateways_that_have_not_taken_a_file_are_counted(served: dict[str, Served | None], behind: int | None) -> None:
+    store, gateways = Store([Watched(POD)]), Gateways()
+    gateways.served_by = served
+    for name in ("g", "h"):
+        # Annotated with the revision already, so that there is nobody to nudge.
+        one = pod(name, "gateway")
+        one["metadata"]["annotations"] = {REVISION_ANNOTATION: RENDERED.revision()}
+        store.put(one)
+    found, _ = asyncio.run(ReadBack(cast("Any", None), store, gateways).look(OWNER, RENDERED, 0))
+    assert found.behind == behind
+
+
+def test_before_a_gateway_is_there_nothing_is_counted() -> None:
+    found, _ = asyncio.run(ReadBack(cast("Any", None), Store([Watched(POD)]), Gateways()).look(OWNER, RENDERED, 0))
+    assert found.behind is None
 
 
 def test_what_engines_said_counts_until_one_of_them_starts_anew() -> None:

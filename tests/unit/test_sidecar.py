@@ -10,7 +10,8 @@ import pytest
 from securevllm.api.parse import parse
 from securevllm.context import Context
 from securevllm.errors import InternalError
-from securevllm.render import Observed, Rendered, accepted, engine, render, sidecar
+from securevllm.render import Observed, Rendered, accepted, engine, gateway, render, sidecar
+from securevllm.render.envoy import ADMIN_PATHS, SCRAPED_PATH
 from securevllm.render.meta import Owner
 from securevllm.render.sidecar import SidecarModel
 from securevllm.topology import sides
@@ -103,12 +104,29 @@ def test_who_may_scrape_is_no_matter_of_pods_but_that_somebody_may_is() -> None:
     assert [obj for obj in before.isolation if obj not in made(pins(before), **other).isolation] != []
     assert not beside(pods(made(pins(before)))["llama-engine"])
 
+    # The same holds for the gateways, whose port a monitor finds by its name.
+    gateways = [pods(found)["llama-gateway"] for found in (before, made(pins(before), **other))]
+    assert gateways[0] == gateways[1]
+    ports = {"clients": 8443, "ops": 9902, "envoy-metrics": 9903}
+    assert {port["name"]: port["containerPort"] for port in gateways[0]["containers"][0]["ports"]} == ports
+    (left,) = pods(made(pins(before)))["llama-gateway"]["containers"]
+    assert [port["name"] for port in left["ports"]] == ["clients", "ops"]
+
+
+def test_a_gateway_that_nobody_may_scrape_listens_nowhere_for_it() -> None:
+    told = [made(**spec).gateway_files for spec in ({}, METRICS)]
+    listeners = [[one["name"] for one in json.loads(files["lds.yaml"])["resources"]] for files in told]
+    assert listeners == [["gateway", "ops"], ["gateway", "ops", "metrics"]]
+    paths = [json.loads(files["bootstrap.yaml"])["admin"]["allow_paths"] for files in told]
+    assert paths == [[{"exact": path} for path in found] for found in (ADMIN_PATHS, (*ADMIN_PATHS, SCRAPED_PATH))]
+
 
 def test_a_resource_without_metrics_is_rolled_by_no_upgrade_to_this_release() -> None:
 
     judged = parse("llama", LOCAL)
     (side,) = sides(judged.spec)
     assert "metrics" not in engine.inputs(judged.raw, side, engine.StartedWith("", ""), {})
+    assert "metrics" not in gateway.inputs(judged.raw)
 
 
 def test_everybody_as_a_scraper_is_told_as_a_risk() -> None:

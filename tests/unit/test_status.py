@@ -215,6 +215,22 @@ def test_what_needs_a_person_names_the_heading_with_the_way_out() -> None:
     assert [item["message"] for item in conditions().values() if "docs/status.md" in item["message"]] == []
 
 
+def test_pages_are_where_the_platform_says() -> None:
+    where = "https://docs.example.com/v1/docs"
+    problem = replace(WRONG, fix="docs/guard.md lists what may be set; not mydocs/guard.md, x/docs/a.md or docs/a.txt.")
+    linked = status(Facts(**GOOD | {"problems": (problem,)}), {}, NOW, where)["conditions"]
+    (told,) = [item["message"] for item in linked if item["type"] == "Accepted"]
+    assert f" {where}/guard.md lists what may be set; not mydocs/guard.md, x/docs/a.md or docs/a.txt." in told
+    assert told.endswith(f" See {where}/status.md#{WRONG.reason.lower()}.")
+    assert " docs/status.md" not in str(linked)
+    # Another address is no change of a condition: whoever sets it wakes nobody.
+    before = status(Facts(**GOOD | {"problems": (problem,)}), {}, NOW)["conditions"]
+    assert transitions(before, linked) == []
+
+    many = status(Facts(**GOOD | {"problems": (problem,) * 500}), {}, NOW, where)["conditions"]
+    assert {len(item["message"]) for item in many if item["type"] == "Accepted"} == {4096}
+
+
 def test_messages_fit() -> None:
     assert len(conditions(problems=(WRONG,) * 500)["Accepted"]["message"]) == 4096
 

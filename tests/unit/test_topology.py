@@ -206,16 +206,19 @@ def test_events_are_for_their_readers_one_port_for_each_rank() -> None:
 def test_metrics_are_for_their_scrapers_where_there_is_an_http_server() -> None:
     metrics = {"from": {"namespaceSelector": {"matchLabels": {"team": "ops"}}, "cidrs": ["198.51.100.0/24"]}}
     found = topology(**NODES, security={"metrics": metrics}, ports={"metrics": 9400})
-    (flow,) = [flow for flow in found.flows if isinstance(flow, Inbound) and flow.source is Outside.MONITORING]
-    assert (flow.to.role, str(flow.to.rule), len(flow.peers)) == (Role.ENGINE, "TCP 9400", 2)
+    flows = [flow for flow in found.flows if isinstance(flow, Inbound) and flow.source is Outside.MONITORING]
+    told = [(flow.to.role, str(flow.to.rule), len(flow.peers)) for flow in flows]
+    # The gateway's port is no port of a spec, as its others are none.
+    assert told == [(Role.GATEWAY, "TCP 9903", 2), (Role.ENGINE, "TCP 9400", 2)]
     # No other flow names the socket, and a headless pod has none.
-    assert [socket.role for socket in found.sockets if socket.name == "metrics"] == [Role.ENGINE]
+    assert [socket.role for socket in found.sockets if socket.name == "metrics"] == [Role.GATEWAY, Role.ENGINE]
 
     split = topology(disaggregation=SPLIT, security={"metrics": metrics})
-    assert [socket.role for socket in split.sockets if socket.name == "metrics"] == [Role.PREFILL, Role.DECODE]
+    scraped = [socket.role for socket in split.sockets if socket.name == "metrics"]
+    assert scraped == [Role.GATEWAY, Role.PREFILL, Role.DECODE]
     everywhere = {"data": {"size": 4, "sizeLocal": 2, "loadBalancing": "hybrid"}}
     hybrid = topology(parallelism=everywhere, security={"metrics": metrics})
-    assert [socket.role for socket in hybrid.sockets if socket.name == "metrics"] == [Role.ENGINE]
+    assert [socket.role for socket in hybrid.sockets if socket.name == "metrics"] == [Role.GATEWAY, Role.ENGINE]
     assert not [socket for socket in topology().sockets if socket.name == "metrics"]
 
 

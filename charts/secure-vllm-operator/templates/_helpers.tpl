@@ -71,6 +71,7 @@ secure-vllm-operator{{ with .Values.watchNamespace }}-{{ . }}{{ end }}
 {{- $pods := list -}}
 {{- $arguments := list "run" -}}
 {{- with .Values.watchNamespace }}{{- $arguments = append $arguments (printf "--namespace=%s" .) -}}{{- end -}}
+{{- with .Values.docsUrl }}{{- $arguments = append $arguments (printf "--docs-url=%s" (trimSuffix "/" .)) -}}{{- end -}}
 {{- range .Values.takeOver }}{{- $arguments = append $arguments (printf "--take-over=%s" .) -}}{{- end -}}
 {{- if ne .Values.cluster.domain "cluster.local" }}{{- $arguments = append $arguments (printf "--cluster-domain=%s" .Values.cluster.domain) -}}{{- end -}}
 {{- range .Values.cluster.ranges }}{{- $arguments = append $arguments (printf "--cluster-range=%s" .) -}}{{- end -}}

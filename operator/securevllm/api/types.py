@@ -693,7 +693,7 @@ class EgressRule(Model):
 
 
 class Metrics(Model):
-    """Who may scrape the engines' metrics, through a sidecar that knows one route: GET /metrics."""
+    """Who may scrape the metrics of engines and gateways: GET /metrics, on a port that knows no other route."""
 
     model_config = ConfigDict(
         json_schema_extra=rules(
@@ -759,7 +759,8 @@ class Security(Model):
         (), description="What engines may reach beside DNS. Empty: nothing."
     )
     metrics: Metrics | None = Field(
-        None, description="Who may scrape the engines' metrics. Absent: nobody, and engine pods have no sidecar for it."
+        None,
+        description="Who may scrape the metrics of engines and gateways. Absent: nobody, and no pod has a port for it.",
     )
     kv_events: KvEvents | None = Field(
         None, description="Who may read the engines' KV events. Absent: none are published."

@@ -7,7 +7,7 @@ that switches a filter off, authentication first and the router last.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +136,7 @@ def check(
     wanted: frozenset[Entry],
     authentication: bool,
     engine_version: tuple[str, str] | None = None,
+    scraped: tuple[str, str] | None = None,
 ) -> None:
     """Compare all files with what was meant.
 
@@ -144,6 +145,8 @@ def check(
         wanted: the allowlist.
         authentication: whether a client key is demanded.
         engine_version: path on the ops listener, and the one path of an engine that it leads to; None: to none.
+        scraped: the one path of the listener for scrapers, and the one of the admin interface that it leads to; None:
+            there is no such listener.
 
     Raises:
         InternalError: a difference, or a shape that the layers do not hold in.
@@ -151,6 +154,7 @@ def check(
     try:
         _check(parsed, wanted, authentication=authentication)
         _check_ops(parsed["lds.yaml"]["resources"][1], engine_version)
+        _check_metrics(parsed["lds.yaml"]["resources"][2:], scraped)
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
         raise InternalError(f"rendered Envoy configuration: unexpected shape ({error!r})") from error
 
@@ -161,7 +165,7 @@ def _check(parsed: Mapping[str, Mapping[str, Any]], wanted: frozenset[Entry], *,
     permissions = permissions_of(parsed["rbac.yaml"], authentication=authentication)
     _require(permissions == wanted, f"rbac.yaml allows {_difference(permissions, wanted)}")
 
-    gateway, ops = parsed["lds.yaml"]["resources"]
+    gateway, ops, *_ = parsed["lds.yaml"]["resources"]
     _require((gateway["name"], ops["name"]) == ("gateway", "ops"), "lds.yaml must hold the listeners gateway and ops")
     (chain,) = gateway["filter_chains"]
     (manager,) = (network["typed_config"] for network in chain["filters"])
@@ -196,6 +200,42 @@ def _check_ops(ops: Mapping[str, Any], engine_version: tuple[str, str] | None) -
         absent = [{"name": name, "present_match": True, "invert_match": True} for name in ("content-length", "upgrade")]
         _require(route["match"] == {"path": path, "headers": [*told, *absent]}, "the ops listener's way to engines")
         _require(route["route"]["prefix_rewrite"] == rewritten, "the ops listener asks engines for something else")
+
+
+def _check_metrics(listeners: Sequence[Mapping[str, Any]], scraped: tuple[str, str] | None) -> None:
+    """A scraper reaches one path of the admin interface, by one request, and two layers say so."""
+    names = [listener["name"] for listener in listeners]
+    _require(names == ["metrics"] * (scraped is not None), f"lds.yaml has more listeners: {names}")
+    for listener in listeners:
+        path, asked = scraped or ("", "")
+        told = [
+            {"name": name, "string_match": {"exact": value}} for name, value in ((":method", "GET"), (":path", path))
+        ]
+        (chain,) = listener["filter_chains"]
+        _, manager = (network["typed_config"] for network in chain["filters"])
+        rbac, _, router = manager["http_filters"]
+        _require(
+            router["name"] == "envoy.filters.http.router" and manager["upgrade_configs"] == [],
+            "the listener for scrapers does more than to route",
+        )
+        rules = rbac["typed_config"]["rules"]
+        permissions = [{"and_rules": {"rules": [{"header": header} for header in told]}}]
+        _require(
+            rules
+            == {
+                "action": "ALLOW",
+                "policies": {"metrics": {"principals": [{"any": True}], "permissions": permissions}},
+            },
+            "the listener for scrapers allows something else",
+        )
+        (host,) = manager["route_config"]["virtual_hosts"]
+        match = {"path": path, "case_sensitive": True, "headers": [*told, _NO_BODY]}
+        route = {"cluster": "self_admin", "prefix_rewrite": asked, "timeout": "10s"}
+        _require(
+            host["routes"]
+            == [{"match": match, "route": route}, {"match": {"prefix": "/"}, "direct_response": {"status": 404}}],
+            "the listener for scrapers leads somewhere else",
+        )
 
 
 def _difference(got: frozenset[Entry], wanted: frozenset[Entry]) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from securevllm.api import routes
 from securevllm.api import types as api
 from securevllm.api.units import quantity
-from securevllm.render import engine, envoy, pods, router
+from securevllm.render import engine, envoy, pods, router, sidecar
 from securevllm.render.meta import Object, Owner, digest
 from securevllm.topology import GATEWAY_ADMIN, GATEWAY_HTTP, Role, Topology
 
@@ -27,6 +27,9 @@ USER = GROUP = 65532  # "nonroot" of the distroless image
 
 XDS_SUFFIX, AUTH_SUFFIX = "gateway-xds", "gateway-auth"
 CLIENT_KEYS_SUFFIX, CA_SUFFIX, TLS_SUFFIX = "client-keys", "gateway-ca", "gateway-tls"
+
+METRICS_PORT = "envoy-metrics"
+"""Name of the container's port; monitors ask for it."""
 
 _BOOTSTRAP_ANNOTATION = f"{api.GROUP}/bootstrap"
 _GENERATED_CLIENT_LIMIT = 10000
@@ -60,6 +63,7 @@ def model(
         listen_port=entry,
         ops_port=topology.socket(Role.GATEWAY, "ops").port,
         admin_port=GATEWAY_ADMIN,
+        metrics_port=topology.socket(Role.GATEWAY, sidecar.SOCKET).port if sidecar.has(topology, Role.GATEWAY) else 0,
         routes=allowed_routes(spec, version),
         upstream_host=f"{owner.child(upstream.value)}.{owner.namespace}.svc.{context.cluster_domain}",
         upstream_port=topology.socket(upstream, "api").port,
@@ -208,6 +212,11 @@ def template(
         "ports": [
             {"name": "clients", "containerPort": model.listen_port, "protocol": "TCP"},
             {"name": "ops", "containerPort": model.ops_port, "protocol": "TCP"},
+            # Not the name that the engines' port has: a monitor of one kind finds no pods of the other.
+            *(
+                [{"name": METRICS_PORT, "containerPort": model.metrics_port, "protocol": "TCP"}]
+                * bool(model.metrics_port)
+            ),
         ],
         "resources": engine.quantities(spec.gateway.resources)
         if spec.gateway.resources
@@ -267,4 +276,6 @@ def inputs(raw: Mapping[str, Any]) -> Any:
         "tls": {"secretName": tls.get("secretName"), "disabled": "disabled" in tls},
         "authentication": "none" not in gateway.get("authentication", {}),
         "imagePullSecrets": raw.get("imagePullSecrets", []),
+        # Only where there is a port for it: what is written here for all would roll the gateways of all.
+        **({"metrics": True} if "metrics" in raw.get("security", {}) else {}),
     }

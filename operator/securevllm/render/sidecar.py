@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 NAME = SOCKET = "metrics"
 """Of the container, of its port (monitors ask for it) and of the socket in the topology."""
 
-PATH = "/metrics"
+PATH = envoy.SCRAPE_PATH
 USER = GROUP = 65532  # "nonroot" of the distroless image: another user than the engine's
 
 _MEMORY_MIB = 128

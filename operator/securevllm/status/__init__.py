@@ -7,13 +7,14 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from securevllm.status.conditions import Transition, merge, transitions
+from securevllm.status.conditions import DOCS, Transition, merge, transitions
 from securevllm.status.facts import Facts, Failure, Fetch, Figures, Gateway, Workload, fetch, trouble, workload
 
 if TYPE_CHECKING:
     from securevllm.api.advisories import Hit
 
 __all__ = [
+    "DOCS",
     "Facts",
     "Failure",
     "Fetch",
@@ -33,13 +34,14 @@ _ADVISORIES = 64
 """As many as the CRD takes; they are sorted, worst first."""
 
 
-def status(facts: Facts, previous: Mapping[str, Any], now: str) -> dict[str, Any]:
+def status(facts: Facts, previous: Mapping[str, Any], now: str, docs: str = DOCS) -> dict[str, Any]:
     """The whole ``.status``; equal to the previous one when nothing changed.
 
     Args:
         facts: what was seen.
         previous: ``.status`` as it is.
         now: RFC 3339, seconds, UTC; used for conditions that flip.
+        docs: where people find the pages that messages name.
     """
     engine = facts.engine or Workload(desired=0)
     facts = replace(facts, running=_running(facts, previous))
@@ -54,7 +56,7 @@ def status(facts: Facts, previous: Mapping[str, Any], now: str) -> dict[str, Any
         "advisories": [_advisory(hit) for hit in facts.advisories[:_ADVISORIES]],
         "outdated": list(facts.outdated),
         "acceptedRisks": list(facts.risks),
-        "conditions": merge(facts, previous.get("conditions", ()), now),
+        "conditions": merge(facts, previous.get("conditions", ()), now, docs),
         **({"lastVerified": facts.verified} if facts.verified else {}),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, cast
@@ -25,6 +26,10 @@ class Verdict:
 Check = Callable[[Facts], Verdict | None]
 
 _MESSAGE_LIMIT = 4096
+
+DOCS = "docs"
+"""Where the pages are that messages name: the folder of the repository, unless the platform says another address."""
+_PAGE = re.compile(rf"(?<![\w/.-]){DOCS}/(?=[a-z-]+\.md\b)")
 
 
 def _no(reason: str, message: str) -> Verdict:
@@ -311,13 +316,14 @@ def verdicts(facts: Facts) -> dict[str, Verdict]:
     return found
 
 
-def merge(facts: Facts, previous: Iterable[Mapping[str, Any]], now: str) -> list[dict[str, Any]]:
+def merge(facts: Facts, previous: Iterable[Mapping[str, Any]], now: str, docs: str = DOCS) -> list[dict[str, Any]]:
     """metav1.Conditions.
 
     Args:
         facts: what was seen.
         previous: conditions as they are; ``lastTransitionTime`` moves only when ``status`` flips.
         now: RFC 3339, seconds, UTC.
+        docs: where people find the pages, without a slash at the end.
     """
     before = {condition["type"]: condition for condition in previous}
     merged = []
@@ -329,7 +335,7 @@ def merge(facts: Facts, previous: Iterable[Mapping[str, Any]], now: str) -> list
                 "type": name,
                 "status": verdict.status,
                 "reason": verdict.reason,
-                "message": _with_page(verdict),
+                "message": _with_page(verdict, docs),
                 "observedGeneration": facts.generation,
                 "lastTransitionTime": old["lastTransitionTime"] if kept and old else now,
             }
@@ -337,13 +343,15 @@ def merge(facts: Facts, previous: Iterable[Mapping[str, Any]], now: str) -> list
     return merged
 
 
-def _with_page(verdict: Verdict) -> str:
+def _with_page(verdict: Verdict, docs: str) -> str:
     """The message, and where the way out is told, of what does not go by itself."""
     stop = "" if verdict.message.endswith((".", "!", "?")) else "."
-    page = f"{stop} See docs/status.md#{verdict.reason.lower()}."
+    page = f"{stop} See {docs}/status.md#{verdict.reason.lower()}."
     if verdict.status != "False" or verdict.reason in {*_CALM, "SpecAccepted", "ScaledToZero"}:
         page = ""
-    return verdict.message[: _MESSAGE_LIMIT - len(page)] + page
+    # Every message comes through here, so pages that its author named are found here, too.
+    told = _PAGE.sub(lambda _: f"{docs}/", verdict.message)
+    return told[: _MESSAGE_LIMIT - len(page)] + page
 
 
 @dataclass(frozen=True)

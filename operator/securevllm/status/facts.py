@@ -69,6 +69,11 @@ class Gateway:
     unconnected: tuple[str, ...] = ()
     reported: tuple[str, ...] = ()
 
+    @property
+    def behind(self) -> int | None:
+        """Pods that answered and do not serve the current files; None: none was asked, or none answered."""
+        return sum(bool(files) for files in self.stale.values()) if self.stale else None
+
 
 @dataclass(frozen=True, order=True)
 class Failure:
@@ -95,11 +100,13 @@ class Figures:
         wider: how many NetworkPolicies of others open what the topology closes.
         key_made: when the engines' key was made, unix seconds; None: it is not there.
         certificate_ends: when what the gateways serve expires, unix seconds; None: plain HTTP, or it cannot be read.
+        behind: gateway pods that do not serve the current files; None: no gateway told.
     """
 
     wider: int = 0
     key_made: float | None = None
     certificate_ends: float | None = None
+    behind: int | None = None
 
 
 @dataclass(frozen=True)

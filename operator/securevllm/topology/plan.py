@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 from urllib.parse import urlsplit
@@ -38,6 +38,7 @@ GATEWAY_HTTPS = 8443
 GATEWAY_HTTP = 8080
 GATEWAY_OPS = 9902
 GATEWAY_ADMIN = 9901
+GATEWAY_METRICS = 9903
 
 ROUTER_HTTP = 8090
 """The P/D router's port; its own metrics stay on the loopback address."""
@@ -140,7 +141,7 @@ def plan(spec: api.Spec, context: Context) -> Topology:
     if hub is not None:
         hub_ports = (PortRule(hub_port(hub)),)
         flows.append(Outbound(Role.FETCH, Outside.HUB, internet(context), hub_ports, "downloads the model, once"))
-    flows += _declared(spec, [item.role for item in pods if item.role in VLLM], vllm, context)
+    flows += _declared(spec, [item.role for item in pods if item.role in VLLM], sockets, context)
     return Topology(
         pods=pods,
         sockets=sockets,
@@ -167,7 +168,7 @@ def _pods(spec: api.Spec, sides: Iterable[Side]) -> Iterator[Pods]:
         yield Pods(Role.FETCH, 1)
 
 
-def _gateway_sockets(spec: api.Spec) -> tuple[Socket, Socket]:
+def _gateway_sockets(spec: api.Spec) -> tuple[Socket, ...]:
     plain = spec.gateway.tls.disabled is not None
     entry = Socket(
         Role.GATEWAY,
@@ -177,14 +178,16 @@ def _gateway_sockets(spec: api.Spec) -> tuple[Socket, Socket]:
         "the allowed routes, for clients",
         "listener address (lds.yaml)",
     )
-    ops = Socket(
-        Role.GATEWAY, "ops", GATEWAY_OPS, "TCP", "readiness and metrics of the gateway", "listener address (lds.yaml)"
-    )
-    return entry, ops
+    knob = "listener address (lds.yaml)"
+    ops = Socket(Role.GATEWAY, "ops", GATEWAY_OPS, "TCP", "readiness and readback of the gateway", knob)
+    # Not the ops port: behind that one is also what only the operator may ask.
+    purpose = "GET /metrics of the gateway itself, and nothing else"
+    metrics = Socket(Role.GATEWAY, "metrics", GATEWAY_METRICS, "TCP", purpose, knob)
+    return (entry, ops) if spec.security.metrics is None else (entry, ops, metrics)
 
 
-def _gateway_flows(spec: api.Spec, sockets: tuple[Socket, Socket], context: Context) -> Iterator[Flow]:
-    entry, ops = sockets
+def _gateway_flows(spec: api.Spec, sockets: tuple[Socket, ...], context: Context) -> Iterator[Flow]:
+    entry, ops, *_ = sockets
     clients = spec.gateway.clients
     peers = (PodPeer(),) if clients is None else peers_of(clients, outside_part, context)
     operator = (context.operator,)
@@ -236,7 +239,7 @@ def _exchange(sides: tuple[Side, ...]) -> Iterator[Flow]:
             yield Internal(other, every_port(one, why), why)
 
 
-def _declared(spec: api.Spec, roles: list[Role], sockets: list[Socket], context: Context) -> Iterator[Flow]:
+def _declared(spec: api.Spec, roles: list[Role], sockets: Sequence[Socket], context: Context) -> Iterator[Flow]:
     """What the spec opens in words, in both directions."""
     for rule in spec.security.egress:
         ports = tuple(PortRule(item.port, item.protocol) for item in rule.ports)
@@ -250,10 +253,11 @@ def _declared(spec: api.Spec, roles: list[Role], sockets: list[Socket], context:
         )
     metrics = spec.security.metrics
     if metrics is not None:
-        scrapers, why = peers_of(metrics.from_, outside_part, context), "scrapes the engines' metrics"
-        yield from (
-            Inbound(Outside.MONITORING, scrapers, socket, why) for socket in sockets if socket.name == "metrics"
-        )
+        scrapers = peers_of(metrics.from_, outside_part, context)
+        for socket in sockets:
+            if socket.name == "metrics":
+                scraped = "gateways" if socket.role is Role.GATEWAY else "engines"
+                yield Inbound(Outside.MONITORING, scrapers, socket, f"scrapes the {scraped}' metrics")
 
 
 def hub_port(source: api.HuggingFaceSource) -> int:
