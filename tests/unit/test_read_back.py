@@ -72,7 +72,7 @@ def pod(name: str, role: str, container: str = "c1", version: int = 1) -> dict[s
     ],
 )
 def test_gateways_that_have_not_taken_a_file_are_counted(served: dict[str, Served | None], behind: int | None) -> None:
-    store, gateways = Store([Watched(POD)]), Gateways()
+    store, gateways = Store([Watched(POD)], index=words), Gateways()
     gateways.served_by = served
     for name in ("g", "h"):
         # Annotated with the revision already, so that there is nobody to nudge.
@@ -84,7 +84,9 @@ def test_gateways_that_have_not_taken_a_file_are_counted(served: dict[str, Serve
 
 
 def test_before_a_gateway_is_there_nothing_is_counted() -> None:
-    found, _ = asyncio.run(ReadBack(cast("Any", None), Store([Watched(POD)]), Gateways()).look(OWNER, RENDERED, 0))
+    found, _ = asyncio.run(
+        ReadBack(cast("Any", None), Store([Watched(POD)], index=words), Gateways()).look(OWNER, RENDERED, 0)
+    )
     assert found.behind is None
 
 
