@@ -164,7 +164,8 @@ def test_version_is_made_of_the_content() -> None:
         version = content.pop("version_info", None)
         assert (version is None) is (name == envoy.BOOTSTRAP_FILE)
         if version is not None:
-            assert envoy._text(content) == json.dumps({"version_info": version, **content}, indent=1) + "\n"
+            text = json.dumps({"version_info": version, **content}, indent=1) + "\n"
+            assert envoy._versioned(json.dumps(content, indent=1), content) == envoy_files(MODEL)[name] == text
 
 
 def test_files_follow_the_spec() -> None:
@@ -214,6 +215,17 @@ def test_engine_key_and_client_keys_are_in_no_config_map() -> None:
 def test_models_that_make_no_sense(change: dict[str, Any]) -> None:
     with pytest.raises(InternalError):
         dataclasses.replace(MODEL, **change)
+
+
+def test_words_that_stand_for_a_name_are_replaced_and_no_name_of_a_user_is_taken_for_one() -> None:
+    hostnames = ("the-host", "the-name", "host.the-host")
+    model = dataclasses.replace(MODEL, hostnames=hostnames, name="mistral-gateway")
+    texts = envoy_files(model)
+    assert [name for name, text in texts.items() if "the_name" in text or '"the-host.' in text] == []
+    files = {name: json.loads(text) for name, text in texts.items()}
+    assert _virtual_host(files)["domains"] == [*hostnames]
+    assert files["bootstrap.yaml"]["node"]["id"] == files["bootstrap.yaml"]["node"]["cluster"] == model.name
+    assert f'"{MODEL.upstream_host}."' in texts["cds.yaml"]
 
 
 def test_template_cannot_print_a_bare_value() -> None:

@@ -17,7 +17,7 @@ import hmac
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import quote
@@ -376,9 +376,44 @@ def _digest(text: str, digits: int) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:digits]
 
 
-def _text(content: Mapping[str, Any], salt: bytes = b"") -> str:
+def _versioned(text: str, content: Mapping[str, Any], salt: bytes = b"") -> str:
+    """The text of a file, with the version of its content in front."""
     version = hmac.new(salt, json.dumps(content, sort_keys=True).encode(), hashlib.sha256).hexdigest()[:16]
-    return json.dumps({"version_info": version, **content}, indent=1) + "\n"
+    return f'{{\n "version_info": "{version}",{text.removeprefix("{")}\n'
+
+
+_NAME, _HOST = "the_name", "the-host"
+"""Stand for the two words in which the gateways of like resources differ, until ``_named`` puts those in."""
+
+
+@functools.lru_cache(maxsize=256)
+def _of_a_kind(model: GatewayModel) -> tuple[tuple[str, str], ...]:
+    """File name to text without version. To fill in and read the YAML is half of the first reconcile of a resource."""
+    websocket = any(route.websocket for route in model.routes)
+    values = {
+        "model": model,
+        "timeouts": model.timeouts,
+        "rate": model.requests_per_second_per_client,
+        "websocket": websocket,
+        "ready_path": READY_PATH,
+        "admin_paths": ADMIN_PATHS,
+        "scrape_path": SCRAPE_PATH,
+        "scraped_path": SCRAPED_PATH,
+        "engine_version_path": ENGINE_VERSION_PATH,
+        "stripped_headers": STRIPPED_HEADERS,
+        "stripped_prefixes": STRIPPED_PREFIXES if websocket else (*STRIPPED_PREFIXES, WEBSOCKET_PREFIX),
+    }
+    names = (BOOTSTRAP_FILE, *(name for name in XDS_FILES if model.tls or name != "sds.yaml"))
+    return tuple((name, json.dumps(filled(name, values), indent=1)) for name in names)
+
+
+def _named(text: str, model: GatewayModel) -> str:
+    # With their quotes: neither is a whole value of anything else, because no host name has '_' or ends with a dot.
+    for stand_in, meant in ((_NAME, model.name), (f"{_HOST}.", f"{model.upstream_host}.")):
+        text = text.replace(json.dumps(stand_in), json.dumps(meant))
+        if stand_in in text:
+            raise InternalError(f"gateway {model.name}: {stand_in!r} stands within another value of a template")
+    return text
 
 
 @functools.lru_cache(maxsize=1024)
@@ -395,22 +430,8 @@ def envoy_files(model: GatewayModel) -> Mapping[str, str]:
     Raises:
         InternalError: the parsed result is not what the model means.
     """
-    websocket = any(route.websocket for route in model.routes)
-    values = {
-        "model": model,
-        "timeouts": model.timeouts,
-        "rate": model.requests_per_second_per_client,
-        "websocket": websocket,
-        "ready_path": READY_PATH,
-        "admin_paths": ADMIN_PATHS,
-        "scrape_path": SCRAPE_PATH,
-        "scraped_path": SCRAPED_PATH,
-        "engine_version_path": ENGINE_VERSION_PATH,
-        "stripped_headers": STRIPPED_HEADERS,
-        "stripped_prefixes": STRIPPED_PREFIXES if websocket else (*STRIPPED_PREFIXES, WEBSOCKET_PREFIX),
-    }
-    names = (BOOTSTRAP_FILE, *(name for name in XDS_FILES if model.tls or name != "sds.yaml"))
-    parsed = {name: filled(name, values) for name in names}
+    texts = {name: _named(text, model) for name, text in _of_a_kind(replace(model, name=_NAME, upstream_host=_HOST))}
+    parsed = {name: json.loads(text) for name, text in texts.items()}
     wanted = frozenset(
         envoy_check.Entry(route.http_method, "" if route.regex else route.path, route.regex, route.websocket)
         for route in model.routes
@@ -422,8 +443,9 @@ def envoy_files(model: GatewayModel) -> Mapping[str, str]:
         engine_version=(ENGINE_VERSION_PATH, model.version_path) if model.version_path else None,
         scraped=(SCRAPE_PATH, SCRAPED_PATH) if model.metrics_port else None,
     )
-    bootstrap = json.dumps(parsed.pop(BOOTSTRAP_FILE), indent=1) + "\n"
-    return MappingProxyType({BOOTSTRAP_FILE: bootstrap, **{name: _text(content) for name, content in parsed.items()}})
+    bootstrap = texts.pop(BOOTSTRAP_FILE) + "\n"
+    versioned = {name: _versioned(text, parsed[name]) for name, text in texts.items()}
+    return MappingProxyType({BOOTSTRAP_FILE: bootstrap, **versioned})
 
 
 def api_keys_file(keys: Sequence[ClientKey], salt: bytes = b"") -> str:
@@ -453,7 +475,7 @@ def api_keys_file(keys: Sequence[ClientKey], salt: bytes = b"") -> str:
     content = filled(API_KEYS_FILE, {"credentials": credentials})
     if content["resources"][0]["typed_config"]["credentials"] != credentials:
         raise InternalError(f"{API_KEYS_FILE}: the parsed credentials are not those that were given")
-    return _text(content, salt)
+    return _versioned(json.dumps(content, indent=1), content, salt)
 
 
 def revision(files: Mapping[str, str]) -> str:
