@@ -16,9 +16,12 @@ from tests.api.lab import as_rendered
 from tests.api.operator_process import OperatorProcess, new_namespace, resource
 
 if TYPE_CHECKING:
+    from tests.api.kube import Kube
     from tests.api.lab import Lab
 
 pytestmark = pytest.mark.cluster
+
+PAGES = "https://docs.example.com/secure-vllm-operator"
 
 
 def metrics(operator: OperatorProcess) -> dict[str, float]:
@@ -31,7 +34,10 @@ def metrics(operator: OperatorProcess) -> dict[str, float]:
 
 def test_a_leader_and_a_standby_tell_their_state_and_metrics_end_with_the_resource(lab: Lab) -> None:
     kube = lab.kube
-    with new_namespace(kube, "health") as namespace, lab.operator("leader") as leader:
+    with (
+        new_namespace(kube, "health") as namespace,
+        lab.operator("leader", arguments=(f"--docs-url={PAGES}/",)) as leader,
+    ):
         standby = lab.operator("standby", identity="operator-1").start(lead=False)
         try:
             assert leader.get("/healthz") == (200, "[+]workers ok\n[+]watches ok\n")
@@ -70,6 +76,7 @@ def test_a_leader_and_a_standby_tell_their_state_and_metrics_end_with_the_resour
             assert found[f"securevllm_foreign_policies_wider{of}"] == 0
             kube.create(everybody(namespace))
             eventually(lambda: metrics(leader)[f"securevllm_foreign_policies_wider{of}"] == 1)
+            eventually(lambda: f" See {PAGES}/status.md#" in message(kube, namespace, "Isolated"))
 
             kube.delete(Ref(kinds.SECURE_VLLM_DEPLOYMENT, namespace, "llama"))
             eventually(lambda: conditions(leader, namespace) == {})
@@ -77,6 +84,12 @@ def test_a_leader_and_a_standby_tell_their_state_and_metrics_end_with_the_resour
         finally:
             assert standby.stop() == 0
         assert leader.stop() == 0
+
+
+def message(kube: Kube, namespace: str, name: str) -> str:
+    """The message of a condition."""
+    live = kube.get(Ref(kinds.SECURE_VLLM_DEPLOYMENT, namespace, "llama"))["status"]["conditions"]
+    return next(str(item["message"]) for item in live if item["type"] == name)
 
 
 def everybody(namespace: str) -> dict[str, Any]:
