@@ -26,6 +26,8 @@ from e2e.conftest import ARTEFACTS
 from e2e.enforcement import can_be_withheld, withheld
 from e2e.reach import OPEN
 from e2e.workload import Pod, apply, engines_of, new_namespace, start_pods, started, until, until_resource_ready
+from securevllm.render import canary
+from securevllm.render.meta import COMPONENT
 
 if TYPE_CHECKING:
     from e2e.cluster import Cluster
@@ -240,7 +242,18 @@ def test_without_a_policy_engine_no_engine_ever_starts_and_the_status_says_why(l
             until_resource_ready(lane.kubectl, lane.namespace, name, READY_SECONDS)
 
 
+def without_canaries(kubectl: Kubectl, namespace: str) -> None:
+    """Delete the resources of a namespace and wait for the end of their canary pods.
+
+    Those listen to everybody, on the engines' ports: one whose address an engine gets afterwards looks like that engine.
+    """
+    kubectl("delete", f"--namespace={namespace}", "securevllmdeployments", "--all", "--wait=true")
+    selector = f"--selector={COMPONENT}={canary.COMPONENT_VALUE}"
+    until(lambda: not kubectl.get("pods", "--all-namespaces", selector)["items"], "no canary pod is left", 180)
+
+
 def test_no_scanner_reaches_an_engine_from_the_moment_it_exists(lane: Range, nodes: list[str]) -> None:
+    without_canaries(lane.kubectl, lane.namespace)
     targets = [f"{address}:{port}" for address in lane.addresses for port in (API, EVENTS)]
     beside, foreign = lane.scanners
     with census(lane.kubectl) as pods, scanning(beside, targets) as near, scanning(foreign, targets) as far:
