@@ -245,7 +245,7 @@ def test_without_a_policy_engine_no_engine_ever_starts_and_the_status_says_why(l
 def without_canaries(kubectl: Kubectl, namespace: str) -> None:
     """Delete the resources of a namespace and wait for the end of their canary pods.
 
-    Those listen to everybody, on the engines' ports: one whose address an engine gets afterwards looks like that engine.
+    Those listen to everybody, on the engines' ports: when an engine gets the address of one, they look alike.
     """
     kubectl("delete", f"--namespace={namespace}", "securevllmdeployments", "--all", "--wait=true")
     selector = f"--selector={COMPONENT}={canary.COMPONENT_VALUE}"
