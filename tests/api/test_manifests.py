@@ -148,7 +148,8 @@ def can(cluster: Cluster, person: tuple[str, ...], verb: str, resource: str, nam
         "kind": "SelfSubjectAccessReview",
         "spec": {"resourceAttributes": attributes},
     }
-    command = ["create", *person, "-f", "-", "-o", "json"]
+    # Validation would list the definitions, which these people may not.
+    command = ["create", *person, "--validate=false", "-f", "-", "-o", "json"]
     answered = json.loads(kubectl(cluster, *command, stdin=json.dumps(review)).stdout)
     return bool(answered["status"]["allowed"])
 
