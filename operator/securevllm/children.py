@@ -23,6 +23,7 @@ from securevllm.errors import (
     ApiError,
     Conflict,
     Contested,
+    Forbidden,
     ForeignObject,
     NotFound,
     Unavailable,
@@ -276,7 +277,7 @@ class Children:
         raise _foreign(live, controller)
 
     async def make(self, obj: Object, uid: str, content: Callable[[KubeObject | None], dict[str, str]]) -> KubeObject:
-        """A Secret whose content is random: live GET, then POST; changed only when its content says so.
+        """A Secret whose content is random: POST, which changes none that is there; then only when its content says so.
 
         Args:
             obj: without data.
@@ -288,15 +289,17 @@ class Children:
             ForeignObject: the name is taken.
         """
         ref = Ref.of(obj)
-        live = self._cache.get(ref) or await self._look(ref)
+        live = self._cache.get(ref)
         if live is None:
             try:
                 live = await self._kubernetes.create(obj | {"data": content(None)})
                 self._cache.wrote(live)
-            except AlreadyExists:
-                # Somebody was faster, perhaps ourselves before a crash: what is there counts.
-                live = await self._kubernetes.get(ref)
-                self._cache.put(live)
+            except (AlreadyExists, Forbidden):
+                # Somebody was faster, perhaps ourselves before a crash, or took its label away: what is there counts.
+                # A quota refuses before it is looked whether there is one.
+                live = await self._look(ref)
+                if live is None:
+                    raise
         self.check_owner(live, uid)
         wanted = {**live, "data": content(live)}
         metadata = obj["metadata"]
