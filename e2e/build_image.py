@@ -23,6 +23,7 @@ from e2e.cluster import ClusterError, python_root
 from e2e.cluster.images import Image, Layer
 
 _RESOLVER = Path("/etc/resolv.conf")
+ENGINES = ("docker", "podman")
 ARCHIVE = images.ROOT / "build" / "operator-image.tar"
 
 _PIP = "#!/usr/local/bin/python\nimport sys\n\nfrom pip._internal.cli.main import main\n\nsys.exit(main())\n"
@@ -40,23 +41,33 @@ def main() -> int:
     return 0
 
 
-def build() -> str:
+def missing() -> str:
+    """Why nothing here can build an image; empty: something can."""
+    if any(map(_answers, ENGINES)) or (shutil.which("buildah") and os.geteuid() == 0):
+        return ""
+    return "no docker or podman answers, and buildah (as root) is not there: apt-get install buildah"
+
+
+def build(name: str = "") -> str:
     """Build the image, write the archive and return the image's name.
+
+    Args:
+        name: Of the image; that of `manifests/install` without one.
 
     Raises:
         ClusterError: Nothing here can build it, or it does not build.
     """
-    name = images.operator_name()
+    if reason := missing():
+        raise ClusterError(reason)
+    name = name or images.operator_name()
     ARCHIVE.parent.mkdir(exist_ok=True)
     ARCHIVE.unlink(missing_ok=True)
-    engine = next((engine for engine in ("docker", "podman") if _answers(engine)), None)
+    engine = next(filter(_answers, ENGINES), None)
     if engine:
         _run([engine, "build", f"--file={images.DOCKERFILE}", f"--tag={name}", str(images.ROOT)])
         _run([engine, "save", f"--output={ARCHIVE}", name])
-    elif shutil.which("buildah") and os.geteuid() == 0:
-        _with_buildah(name)
     else:
-        raise ClusterError("no docker or podman answers, and buildah (as root) is not there: apt-get install buildah")
+        _with_buildah(name)
     return name
 
 
