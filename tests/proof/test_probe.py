@@ -152,7 +152,12 @@ class World:
             for port in config.listen:
                 await self._stack.enter_async_context(Listener((accepting(address, port),)))
             ready = [{"type": "Ready", "status": "True"}]
-            pod["status"] |= {"podIP": address, "phase": "Running", "conditions": ready}
+            pod["status"] |= {
+                "podIP": address,
+                "podIPs": [{"ip": address}],
+                "phase": "Running",
+                "conditions": ready,
+            }
             return
         answers = await program.probe(config)
         if namespace in self.deaf:

@@ -116,15 +116,16 @@ async def test_a_thousand_resources_are_measured_within_five_minutes_and_a_lapse
         await asyncio.gather(running, return_exceptions=True)
     seconds = time.monotonic() - began
     print(f"{RESOURCES} resources, {observer.connections} connections: {seconds:.0f} s")  # noqa: T201
-    assert most <= 128
+    assert most <= 256
     proof = prober.proof(lapsed, f"uid-{RESOURCES - 1}")
     assert proof is not None
     assert (proof.reason, "e2 port 8000" in proof.message) == ("EngineReachable", True)
     other = prober.proof(Who("ns0", "llama"), "uid-0")
     assert other is not None
     assert (other.status, other.reason) == ("Unknown", "NoControl")
-    # Fair: nobody had a second complete round before everybody had the first.
-    assert {track.rounds["complete"] for track in prober._tracks.values()} <= {0, 1}
+    # Fair: nobody had a third complete round before everybody had the second. Who saw a lapse needs none.
+    complete = [track.rounds["complete"] for who, track in prober._tracks.items() if who != lapsed]
+    assert max(complete) - min(complete) <= 1
     assert observer.rounds.count("cheap") > RESOURCES // 2, "they did not wait for the dear ones"
 
 

@@ -81,7 +81,7 @@ _RETRY_SECONDS = 60.0
 _DIAL_SECONDS = 1.0
 _AT_ONCE = {"complete": 16, "full": 16, "cheap": 64}
 """Resources in a round of each tier, the dearest first."""
-_CONNECTIONS = 128
+_CONNECTIONS = 256
 _TARGETS = 128
 _NODES = 8
 _SIGNS = 2
