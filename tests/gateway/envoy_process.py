@@ -19,7 +19,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,18 @@ class Volumes:
                 path.unlink()
         if old is not None:
             shutil.rmtree(mount / old)
+
+
+Mutation = Callable[[dict[str, Any]], None]
+"""Changes rendered files, parsed, by their names."""
+
+
+def mutated(model: GatewayModel, mutations: Iterable[Mutation]) -> dict[str, str]:
+    """The files of a gateway with mistakes planted: a layer that is taken away."""
+    parsed = {name: json.loads(text) for name, text in envoy_files(model).items()}
+    for mutate in mutations:
+        mutate(parsed)
+    return {name: json.dumps(content) for name, content in parsed.items()}
 
 
 def local_model(model: GatewayModel, upstream_port: int) -> GatewayModel:

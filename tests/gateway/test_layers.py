@@ -7,23 +7,20 @@ The last column is the proof that these tests can fail.
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from securevllm.render.envoy import envoy_files
 from tests.gateway import attacks, wire
 from tests.gateway.engine import serving
-from tests.gateway.envoy_process import local_model, running
+from tests.gateway.envoy_process import Mutation, local_model, mutated, running
 from tests.gateway.gateway import KEYS, MODEL
 
 pytestmark = pytest.mark.envoy
 
 Files = dict[str, Any]
-Mutation = Callable[[Files], None]
 
 
 def _routes(files: Files) -> list[dict[str, Any]]:
@@ -136,10 +133,7 @@ CASES: Mapping[str, tuple[bytes, Mutation, bytes, Mutation]] = {
 def _ask(attack: bytes, mutations: list[Mutation], root: Path, certificate: tuple[str, str]) -> tuple[bytes, int]:
     with serving() as engine:
         model = local_model(MODEL, engine.port)
-        parsed = {name: json.loads(text) for name, text in envoy_files(model).items()}
-        for mutate in mutations:
-            mutate(parsed)
-        files = {name: json.dumps(content) for name, content in parsed.items()}
+        files = mutated(model, mutations)
         with (
             running(
                 model, root=root, keys=KEYS, engine_key=attacks.ENGINE_KEY, certificate=certificate, files=files

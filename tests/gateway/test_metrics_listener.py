@@ -9,9 +9,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +22,10 @@ from securevllm.render.envoy import (
     SCRAPE_PATH,
     SCRAPED_PATH,
     VERSIONS_PATH,
-    envoy_files,
 )
 from tests.gateway import attacks, wire
 from tests.gateway.engine import serving
-from tests.gateway.envoy_process import local_model, running
+from tests.gateway.envoy_process import Mutation, local_model, mutated, running
 from tests.gateway.gateway import KEYS, MODEL, Gateway, started
 from tests.spellings import SPELLINGS, Spelling
 
@@ -189,15 +186,12 @@ def every_page(files: dict[str, Any]) -> None:
     ids=["all three", "routes", "permissions", "pages of the admin interface", "none"],
 )
 def test_each_of_three_layers_holds_alone_and_without_all_the_attack_succeeds(
-    mutations: tuple[Callable[[dict[str, Any]], None], ...], status: int, tmp_path: Path
+    mutations: tuple[Mutation, ...], status: int, tmp_path: Path
 ) -> None:
     with serving() as engine:
         model = local_model(PLAIN, engine.port)
-        files = {name: json.loads(text) for name, text in envoy_files(model).items()}
-        for mutate in mutations:
-            mutate(files)
-        texts = {name: json.dumps(content) for name, content in files.items()}
-        with running(model, root=tmp_path, keys=KEYS, engine_key=attacks.ENGINE_KEY, files=texts) as envoy:
+        files = mutated(model, mutations)
+        with running(model, root=tmp_path, keys=KEYS, engine_key=attacks.ENGINE_KEY, files=files) as envoy:
             answer = ask(envoy.model.metrics_port, "GET", "/config_dump")
             assert wire.status_of(answer) == status
             assert (b'"configs"' in answer) is (status == 200)
