@@ -10,15 +10,16 @@ import csv
 import re
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 from e2e.reach import OPEN
+from e2e.workload import addresses, at
 from securevllm.topology import Role, Topology
-from tests.netpol import External, Node
+from tests.netpol import Node
 from tests.netpol import Pod as PodEndpoint
 from tests.property.world import Endpoint, Member, World, expected
 
@@ -62,7 +63,7 @@ class Target:
     """A socket that listens.
 
     Attributes:
-        address: Its pod's.
+        address: One of its pod's.
         port: Number.
         name: What it is: the catalogue's name, or `unexplained`.
         member: The pod.
@@ -76,7 +77,7 @@ class Target:
     resource: str
 
     def __str__(self) -> str:
-        return f"{self.address}:{self.port}"
+        return at(self.address, self.port)
 
 
 @dataclass(frozen=True)
@@ -173,25 +174,25 @@ def member_of(pod: Mapping[str, Any], owner: Any, topology: Topology) -> Member:
         pod["metadata"]["name"],
         pod["metadata"]["namespace"],
         labels,
-        (pod["status"]["podIP"],),
+        addresses(pod),
         node=pod["spec"]["nodeName"],
     )
     return Member(endpoint, owner, Role(labels["securevllm.io/role"]), labels.get("securevllm.io/group", ""), topology)
 
 
-def stranger(name: str, namespace: str, ip: str, node: str, labels: Mapping[str, str]) -> PodEndpoint:
+def stranger(name: str, namespace: str, ips: tuple[str, ...], node: str, labels: Mapping[str, str]) -> PodEndpoint:
     """A pod of nobody's resource, for the judge."""
-    return PodEndpoint(name, namespace, labels, (ip,), node=node)
+    return PodEndpoint(name, namespace, labels, ips, node=node)
 
 
-def node(name: str, ip: str) -> Node:
-    """A node, or a pod with its network, for the judge."""
-    return Node(name, (ip,))
+def open_at(listening: Iterable[tuple[str, int]], ips: Collection[str]) -> list[tuple[str, int]]:
+    """Return where a pod with these addresses can be tried, each address with each port that it may be open on.
 
-
-def external(name: str, ip: str) -> External:
-    """A host outside, for the judge."""
-    return External(name, (ip,))
+    ``::`` is every address: no socket of ours is for IPv6 alone, and one that was would only be tried once more.
+    """
+    answers = {"0.0.0.0": [ip for ip in ips if ":" not in ip], "::": list(ips)}  # noqa: S104 - what sockets say
+    pairs = {(ip, port) for address, port in listening for ip in answers.get(address, [address]) if ip in ips}
+    return sorted(pairs, key=lambda pair: (pair[1], ":" in pair[0]))
 
 
 def socket_names(member: Member, log: str) -> dict[int, str]:
@@ -215,12 +216,14 @@ def relation(source: Member, target: Member) -> str:
 
 
 def cells(world: World, sources: Iterable[Source], targets: Iterable[Target]) -> list[Cell]:
-    """Pair everybody with every socket that is not its own."""
+    """Pair everybody with every socket that is not its own, by the families of addresses that the source has."""
     made = []
     listed = list(targets)
     for source in sources:
         for target in listed:
-            if source.endpoint is target.member.pod:
+            if source.endpoint is target.member.pod or not any(
+                (":" in ip) == (":" in target.address) for ip in source.endpoint.ips
+            ):
                 continue
             wanted = target.port in expected(world, source.endpoint, target.member.pod, "TCP")
             own_node = isinstance(source.endpoint, Node) and source.endpoint.name == target.member.pod.node

@@ -1,6 +1,6 @@
 """A host outside of the cluster, on its nodes' network: it stands for the internet and for a cloud's metadata service.
 
-Only where the nodes are ours: their routes to these two addresses are added, and gone with the nodes.
+Only where the nodes are ours: their routes to these addresses are added, and gone with the nodes.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from e2e.cluster import daemon, lifecycle, network
+from e2e.cluster import daemon, lifecycle, network, nodes
 from e2e.cluster.errors import ClusterError
 from e2e.cluster.node import first_process
 
 if TYPE_CHECKING:
     from e2e.cluster import Cluster
 
-METADATA = "169.254.169.254"
-INTERNET = "198.51.100.80"
-"""Of the range that RFC 5737 keeps for documentation."""
+METADATA = ("169.254.169.254", "fd00:ec2::254")
+"""Where clouds have their metadata service; the second on AWS."""
+INTERNET = ("198.51.100.80", "2001:db8::80")
+"""Of the ranges that RFC 5737 and RFC 3849 keep for documentation."""
 
 PORTS = (80, 443)
 _NAME = "outside"
@@ -37,12 +38,12 @@ class Outside:
 
     Attributes:
         name: For the table.
-        ip: From which it connects.
+        ips: From which it connects, one of each family.
         pid: Of a process in its network namespace.
     """
 
     name: str
-    ip: str
+    ips: tuple[str, ...]
     pid: int
 
     def reach(self, targets: Iterable[str], seconds: float = 2.0) -> dict[str, str]:
@@ -55,17 +56,15 @@ class Outside:
 
 @contextmanager
 def outside_host(cluster: Cluster) -> Iterator[Outside]:
-    """Run the host; it listens on `PORTS` of both addresses, and pods and nodes have a way to it and back.
+    """Run the host; it listens on `PORTS` of all its addresses, and pods and nodes have a way to it and back.
 
     Raises:
         ClusterError: The kernel refused; with the reason.
     """
     plan = cluster.nodes[0].plan
-    ranges = {
-        item["metadata"]["name"]: item["spec"]["podCIDR"]
-        for item in cluster.kubectl.get("nodes")["items"]
-        if item["metadata"]["name"] in plan.nodes
-    }
+    ranges = nodes.pod_ranges(cluster.kubectl, plan)
+    if ranges is None:
+        raise ClusterError("a node has no pod range")
     folder = lifecycle.processes_folder(cluster.folder)
     folder.mkdir(exist_ok=True)
     serving = [f"--serve={port}" for port in PORTS]
@@ -74,8 +73,10 @@ def outside_host(cluster: Cluster) -> Iterator[Outside]:
         _until_apart(host.pid)
         holders = {node.name: first_process(node.folder).pid for node in cluster.nodes}
         switch = first_process(cluster.folder / "switch").pid
-        network.connect_outsider(plan, (METADATA, INTERNET), ranges, switch=switch, holder=host.pid, nodes=holders)
-        yield Outside("outside", plan.outsider_ip, host.pid)
+        families = len(plan.outsider_ips)
+        addresses = (*METADATA[:families], *INTERNET[:families])
+        network.connect_outsider(plan, addresses, ranges, switch=switch, holder=host.pid, nodes=holders)
+        yield Outside("outside", plan.outsider_ips, host.pid)
     finally:
         daemon.stop(folder, _NAME, grace=0.0)
 

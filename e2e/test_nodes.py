@@ -13,6 +13,7 @@ from e2e.workload import (
     ALLOW_INGRESS,
     PORT,
     apply,
+    at,
     condition,
     pods_of,
     policy,
@@ -49,8 +50,8 @@ def test_default_deny_is_enforced_in_both_directions(
 ) -> None:
     guarded = pods["guarded"]
     others = [pod for pod in pods.values() if pod is not guarded]
-    ways: dict[Pod, list[str]] = {pod: [f"{guarded.ip}:{PORT}"] for pod in others}
-    ways[guarded] = [f"{pod.ip}:{PORT}" for pod in others]
+    ways: dict[Pod, list[str]] = {pod: [at(ip, PORT) for ip in guarded.ips] for pod in others}
+    ways[guarded] = [at(ip, PORT) for pod in others for ip in pod.ips]
 
     def expect(answer: str) -> dict[Pod, dict[str, str]]:
         return {pod: dict.fromkeys(targets, answer) for pod, targets in ways.items()}

@@ -29,9 +29,8 @@ from e2e.matrix import (
     Target,
     cells,
     dial,
-    external,
     member_of,
-    node,
+    open_at,
     socket_names,
     stranger,
     wrong,
@@ -44,8 +43,10 @@ from e2e.workload import (
     SIDE_PORT,
     Pod,
     add_reach,
+    addresses,
     api_service,
     apply,
+    at,
     condition,
     engines_of,
     new_namespace,
@@ -61,6 +62,7 @@ from securevllm.api.parse import parse
 from securevllm.context import Context
 from securevllm.render.meta import RESOURCE_LABEL, Owner
 from securevllm.topology import Role, Topology, plan
+from tests.netpol import External, Node
 from tests.property.world import Member, World
 
 if TYPE_CHECKING:
@@ -167,11 +169,13 @@ def stage(cluster: Cluster, nodes: list[str], operator: None) -> Iterator[Stage]
         made.places = _places(made, nodes)
         if cluster.nodes:
             host = stack.enter_context(outside_host(cluster))
-            made.others.append(Source(host.name, "a host outside", external(host.name, host.ip), host))
-            made.places += [
-                Place(f"{METADATA}:{PORTS[0]}", "metadata address"),
-                Place(f"{INTERNET}:{PORTS[1]}", "internet"),
-            ]
+            made.others.append(Source(host.name, "a host outside", External(host.name, host.ips), host))
+            for metadata, internet in zip(METADATA, INTERNET, strict=True):
+                if any((":" in metadata) == (":" in ip) for ip in host.ips):
+                    made.places += [
+                        Place(at(metadata, PORTS[0]), "metadata address"),
+                        Place(at(internet, PORTS[1]), "internet"),
+                    ]
         yield made
 
 
@@ -179,11 +183,11 @@ def _outsider(pod: Pod, nodes: list[str]) -> Source:
     """An attacker as the judge knows it."""
     where = next((one for one in nodes if pod.name.endswith(f"-{one}")), nodes[0])
     if pod.name.startswith("host-"):
-        return Source(pod.name, "hostNetwork", node(where, pod.ip), pod)
+        return Source(pod.name, "hostNetwork", Node(where, pod.ips), pod)
     kinds = {"beside": "same namespace", "foreign": "another namespace"}
     kinds |= {READER: "the declared reader", SCRAPER: "the declared scraper"}
     kind = next(kind for start, kind in kinds.items() if pod.name.startswith(start))
-    return Source(pod.name, kind, stranger(pod.name, pod.namespace, pod.ip, where, {"app": pod.name}), pod)
+    return Source(pod.name, kind, stranger(pod.name, pod.namespace, pod.ips, where, {"app": pod.name}), pod)
 
 
 def _places(stage: Stage, nodes: list[str]) -> list[Place]:
@@ -192,19 +196,20 @@ def _places(stage: Stage, nodes: list[str]) -> list[Place]:
     [endpoint] = kubectl.get("--namespace=default", "endpoints", "kubernetes")["subsets"]
     dns = kubectl.get("--namespace=kube-system", "service", "kube-dns")["spec"]["clusterIP"]
     operators = kubectl.get(f"--namespace={OPERATOR}", "pods", f"--selector=app.kubernetes.io/name={OPERATOR}")["items"]
-    addresses = {
+    first = {
         item["metadata"]["name"]: item["status"]["addresses"][0]["address"] for item in kubectl.get("nodes")["items"]
     }
     return [
         Place(f"{dns}:53", "cluster DNS", allowed=True),
         Place(api_service(kubectl), "API server, Service"),
         Place(f"{endpoint['addresses'][0]['ip']}:{endpoint['ports'][0]['port']}", "API server, endpoint"),
-        *(Place(f"{item['status']['podIP']}:{Context().canary_port}", "what gates look for") for item in operators),
-        *(Place(f"{addresses[one]}:10250", f"kubelet of {one}") for one in nodes),
-        *(Place(f"{stage.attackers[f'beside-{one}'].ip}:{PORT}", f"pod beside it on {one}") for one in nodes),
+        *(Place(at(ip, Context().canary_port), "what gates look for") for item in operators for ip in addresses(item)),
+        *(Place(f"{first[one]}:10250", f"kubelet of {one}") for one in nodes),
         *(
-            Place(f"{stage.attackers[f'foreign-{one}'].ip}:{PORT}", f"pod of another namespace on {one}")
+            Place(at(ip, PORT), f"{what} on {one}")
+            for start, what in (("beside", "pod beside it"), ("foreign", "pod of another namespace"))
             for one in nodes
+            for ip in stage.attackers[f"{start}-{one}"].ips
         ),
     ]
 
@@ -343,7 +348,7 @@ def found(stage: Stage) -> Found:
 def _copied(stage: Stage, lent: Member) -> Source:
     """A pod of another namespace that has the labels of a pod of ours from its first moment."""
     [pod] = start_pods(stage.kubectl, [(stage.other, "copied", lent.pod.node)], labels=selector_labels(lent))
-    endpoint = stranger(pod.name, pod.namespace, pod.ip, lent.pod.node, lent.pod.labels)
+    endpoint = stranger(pod.name, pod.namespace, pod.ips, lent.pod.node, lent.pod.labels)
     return Source(pod.name, "borrowed labels, another namespace", endpoint, pod)
 
 
@@ -357,7 +362,7 @@ def _member(stage: Stage, pod: dict[str, Any], owner: Owner, topology: Topology)
     if member.role is Role.GATEWAY:  # it holds Envoy and nothing to look around with
         return member, add_reach(stage.kubectl, stage.namespace, pod)
     container = "router" if member.role is Role.ROUTER else "vllm"
-    return member, Pod(stage.kubectl, stage.namespace, member.pod.name, member.pod.ips[0], container)
+    return member, Pod(stage.kubectl, stage.namespace, member.pod.name, member.pod.ips, container)
 
 
 def _sockets(stage: Stage, name: str, member: Member, pod: Pod) -> list[Target]:
@@ -366,8 +371,8 @@ def _sockets(stage: Stage, name: str, member: Member, pod: Pod) -> list[Target]:
     if member.role not in {Role.GATEWAY, Role.ROUTER}:
         log = stage.kubectl("logs", f"--namespace={pod.namespace}", pod.name, f"--container={pod.container}")
     names = socket_names(member, log)
-    ports = sorted({port for _, port in pod.listening()} - {SIDE_PORT if member.role is Role.GATEWAY else 0})
-    return [Target(pod.ip, port, names.get(port, "unexplained"), member, name) for port in ports]
+    open_there = [one for one in pod.listening() if member.role is not Role.GATEWAY or one[1] != SIDE_PORT]
+    return [Target(ip, port, names.get(port, "unexplained"), member, name) for ip, port in open_at(open_there, pod.ips)]
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
@@ -382,7 +387,9 @@ def test_every_socket_is_one_of_the_topology(found: Found, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
-def test_its_sockets_are_reached_by_whom_the_topology_names_and_by_nobody_else(found: Found, name: str) -> None:
+def test_its_sockets_are_reached_by_whom_the_topology_names_and_by_nobody_else(
+    stage: Stage, found: Found, name: str
+) -> None:
     assert wrong(found.tried[name]) == []
     kinds = {cell.kind for cell in found.tried[name] if not cell.wanted}
     always = {"same namespace", "another namespace", "hostNetwork", "another resource"}
@@ -390,6 +397,8 @@ def test_its_sockets_are_reached_by_whom_the_topology_names_and_by_nobody_else(f
     assert kinds >= always, "every kind of attacker tried it"
     ways = {cell.way for cell in found.tried[name] if cell.kind == "same namespace"}
     assert ways == {"on one node", "across nodes"}
+    families = {":" in cell.target.address for cell in found.tried[name] if isinstance(cell.target, Target)}
+    assert families == {":" in ip for ip in stage.client.ips}, "each family of the cluster is tried"
     # A gateway's second port is the operator's; that it reaches it is what GatewayReady says. An engine that is a world
     # of its own has random sockets that nobody may reach: their control is the test without policies.
     own = {
@@ -468,7 +477,7 @@ def test_a_pod_with_borrowed_labels_is_taken_for_what_they_say(
     """Why manifests/admission is there: labels are all that a NetworkPolicy knows of a pod. No more than that, too."""
     lent = next(one.member for one in found.targets if one.resource == name and one.member.role is role)
     labels = selector_labels(lent)
-    endpoint = stranger(borrower.name, stage.namespace, borrower.ip, nodes[1], labels)
+    endpoint = stranger(borrower.name, stage.namespace, borrower.ips, nodes[1], labels)
     member = Member(endpoint, lent.owner, lent.role, lent.group, lent.topology)
     source = Source(f"borrower as {role}", f"borrowed labels: {role} {lent.group}".strip(), endpoint, borrower, member)
     world = World((*found.world.members, member), found.world.outsiders, ())
@@ -509,7 +518,7 @@ def test_a_download_reaches_its_hub_and_nothing_inside(stage: Stage, found: Foun
 
     labels = until(selected, "the policy of the download is there")
     sockets = [str(target) for target in found.targets]
-    hub, shut = f"{INTERNET}:{PORTS[1]}", [str(place) for place in stage.places if not place.allowed]
+    hub, shut = {at(ip, PORTS[1]) for ip in INTERNET}, [str(place) for place in stage.places if not place.allowed]
     before = borrower.reach(shut)
     assert {place for place, answer in before.items() if answer != OPEN} == set(), "without the labels it may"
     label(stage, borrower.name, dict(labels))
@@ -517,7 +526,7 @@ def test_a_download_reaches_its_hub_and_nothing_inside(stage: Stage, found: Foun
         first = f"{stage.client.ip}:{PORT}"
         until(lambda: borrower.reach([first])[first] != OPEN, "the labels have taken effect", seconds=300)
         after = borrower.reach([*shut, *sockets])
-        assert {place for place, answer in after.items() if answer == OPEN} == ({hub} & {*shut})
+        assert {place for place, answer in after.items() if answer == OPEN} == hub & {*shut}
     finally:
         label(stage, borrower.name, dict.fromkeys(labels, None))
         kubectl("delete", f"--namespace={namespace}", "securevllmdeployment", "download", "--wait=false")

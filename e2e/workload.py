@@ -56,15 +56,20 @@ class Pod:
         kubectl: Of the cluster.
         namespace: Where it is.
         name: Its name.
-        ip: Its address.
+        ips: Its addresses, one of each family.
         container: In which programs run; empty: the first. It needs Python and `reach`.
     """
 
     kubectl: Kubectl
     namespace: str
     name: str
-    ip: str
+    ips: tuple[str, ...]
     container: str = ""
+
+    @property
+    def ip(self) -> str:
+        """Its address, where one is asked for."""
+        return self.ips[0]
 
     def reach(self, targets: Iterable[str], seconds: float = 2.0) -> dict[str, str]:
         """Connect to each `ADDRESS:PORT` once; see `reach` for the answers."""
@@ -94,6 +99,16 @@ class Pod:
         """Arguments of kubectl that run a program in the pod, up to the `--` before it."""
         container = [f"--container={self.container}"] if self.container else []
         return ["exec", f"--namespace={self.namespace}", self.name, *container, *options]
+
+
+def addresses(pod: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the addresses of a pod (its object), one of each family."""
+    return tuple(one["ip"] for one in pod["status"].get("podIPs") or ())
+
+
+def at(address: str, port: int) -> str:
+    """Write `ADDRESS:PORT`, an IPv6 address in brackets."""
+    return f"[{address}]:{port}" if ":" in address else f"{address}:{port}"
 
 
 ALLOW_INGRESS: dict[str, Any] = {"policyTypes": ["Ingress"], "podSelector": {}, "ingress": [{}]}
@@ -257,7 +272,7 @@ def add_reach(kubectl: Kubectl, namespace: str, pod: dict[str, Any]) -> Pod:
         return any("running" in state for state in states) or None
 
     until(runs, f"the added container of {name} runs")
-    return Pod(kubectl, namespace, name, pod["status"]["podIP"], "reach")
+    return Pod(kubectl, namespace, name, addresses(pod), "reach")
 
 
 def policy(name: str, namespace: str, spec: dict[str, Any]) -> dict[str, Any]:
@@ -354,7 +369,7 @@ def _until_condition(kubectl: Kubectl, wait: Waiter, kind: str, *what: str) -> N
 def _ready_pod(kubectl: Kubectl, namespace: str, name: str, wait: Waiter) -> Pod:
     def look() -> Pod | None:
         item = kubectl.get(f"--namespace={namespace}", "pod", name)
-        return Pod(kubectl, namespace, name, item["status"]["podIP"]) if condition(item, "Ready") else None
+        return Pod(kubectl, namespace, name, addresses(item)) if condition(item, "Ready") else None
 
     return wait(look, f"pod {namespace}/{name} is ready")
 

@@ -288,13 +288,15 @@ def _reserve_addresses(folder: Path, state: dict[str, Any], node_count: int, cni
     with _machine_locked():
         taken = [plan.index for name in names() if (plan := _plan(_read_state(clusters_folder() / name)))]
         plan = network.free_plan(names_of_nodes, taken)
-        reserved = {"network": plan.index, "nodes": names_of_nodes, "cni": cni}
+        reserved = {"network": plan.index, "nodes": names_of_nodes, "dual": plan.dual, "cni": cni}
         _write_state(folder, state | reserved)
     return reserved
 
 
 def _plan(state: dict[str, Any]) -> network.Plan | None:
-    return network.Plan(int(state["network"]), tuple(state["nodes"])) if "network" in state else None
+    if "network" not in state:
+        return None
+    return network.Plan(int(state["network"]), tuple(state["nodes"]), dual=bool(state.get("dual")))
 
 
 def stop(name: str) -> bool:

@@ -31,7 +31,7 @@ from e2e.cluster.binaries import (
     program,
 )
 from e2e.cluster.errors import ClusterError
-from e2e.cluster.network import API_PORT, Plan
+from e2e.cluster.network import API_PORT, SERVICE_RANGE, Plan
 from e2e.cluster.pki import Authority, write_service_account_keys
 
 ETCD = "etcd"
@@ -42,7 +42,6 @@ DAEMONS = (KUBE_SCHEDULER, KUBE_CONTROLLER_MANAGER, KUBE_APISERVER, ETCD)
 ETCD_CLIENT_URL = "unix://localhost:2379"
 ETCD_PEER_URL = "unix://localhost:2380"
 
-SERVICE_RANGE = "10.96.0.0/16"
 API_SERVICE_IP = "10.96.0.1"
 ISSUER = "https://kubernetes.default.svc.cluster.local"
 
@@ -177,7 +176,7 @@ def _users(plan: Plan | None) -> dict[str, tuple[str, str | None, tuple[str, ...
         users[CILIUM_AGENT] = (CILIUM_AGENT, "system:masters", ())
         users[_TO_KUBELET] = (_TO_KUBELET, "system:masters", ())
         users[_AGGREGATOR] = (_AGGREGATOR, None, ())
-        users |= {node: (f"system:node:{node}", "system:nodes", (node, plan.node_ip(node))) for node in plan.nodes}
+        users |= {node: (f"system:node:{node}", "system:nodes", (node, plan.node_ips(node)[0])) for node in plan.nodes}
     return users
 
 
@@ -235,7 +234,7 @@ def _apiserver(program: Path, port: int, plan: Plan | None) -> list[str]:
         f"--secure-port={port}",
         *(_apiserver_for_nodes(plan) if plan else _apiserver_alone()),
         f"--etcd-servers={ETCD_CLIENT_URL}",
-        f"--service-cluster-ip-range={SERVICE_RANGE}",
+        f"--service-cluster-ip-range={','.join(plan.service_ranges) if plan else SERVICE_RANGE}",
         "--allow-privileged=true",
         "--client-ca-file=pki/ca.crt",
         "--tls-cert-file=pki/apiserver.crt",
@@ -284,7 +283,8 @@ def _apiserver_for_nodes(plan: Plan) -> list[str]:
 def _controller_manager(binaries: Binaries, plan: Plan | None) -> list[str]:
     concurrent = ("deployment", "replicaset", "statefulset", "job", "endpoint", "namespace", "service-endpoint")
     without = () if plan else WITHOUT_CONTROLLERS
-    ranges = [f"--cluster-cidr={plan.pod_range}", f"--service-cluster-ip-range={SERVICE_RANGE}"] if plan else []
+    pods, services = (plan.pod_ranges, plan.service_ranges) if plan else ((), ())
+    ranges = [f"--cluster-cidr={','.join(pods)}", f"--service-cluster-ip-range={','.join(services)}"] if plan else []
     return [
         str(binaries.kube_controller_manager),
         f"--kubeconfig={KUBE_CONTROLLER_MANAGER}.kubeconfig",

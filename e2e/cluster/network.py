@@ -3,7 +3,8 @@
 Nodes are joined by a bridge in a network namespace of its own (the *switch*), so that no firewall of this machine
 stands between them and nothing of theirs can leak into it. This machine holds one end of one link, with an address and
 the routes to nodes and pods: when the link is deleted, everything is. A cluster takes the first of 16 address plans
-that nobody uses, so that clusters run side by side.
+that nobody uses, so that clusters run side by side. Where this machine has IPv6, every node, pod and Service range has
+both families: what isolates has to hold in each.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import subprocess
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 from e2e.cluster.errors import ClusterError
 from e2e.cluster.packages import SYSTEM_PATH
@@ -22,6 +24,7 @@ API_PORT = 6443
 DNS_SERVICE_IP = "10.96.0.10"
 CLUSTER_DOMAIN = "cluster.local"
 PLANS = 16
+SERVICE_RANGE, SERVICE_RANGE_6 = "10.96.0.0/16", "fd73:766c:6d:ffff::/112"
 _LINK_PREFIX = "svllm"
 
 
@@ -32,10 +35,12 @@ class Plan:
     Attributes:
         index: 0 to `PLANS` - 1.
         nodes: Names of the nodes.
+        dual: Whether there are addresses of both families, IPv4 first; otherwise IPv4 only.
     """
 
     index: int
     nodes: tuple[str, ...]
+    dual: bool = False
 
     @property
     def link(self) -> str:
@@ -53,18 +58,34 @@ class Plan:
         return f"10.99.{self.index}.0/24"
 
     @property
-    def pod_range(self) -> str:
-        """Addresses of pods; each node gets a /24 of it."""
-        return f"10.{100 + self.index}.0.0/16"
-
-    def node_ip(self, node: str) -> str:
-        """Address of a node."""
-        return f"10.99.{self.index}.{11 + self.nodes.index(node)}"
+    def pod_ranges(self) -> tuple[str, ...]:
+        """Addresses of pods in each family; each node gets a /24 and a /64 of them."""
+        return self._families(f"10.{100 + self.index}.0.0/16", f"fd73:766c:6d:{self.index + 1:x}00::/56")
 
     @property
-    def outsider_ip(self) -> str:
-        """An address on the nodes' network that is no node's, for a host outside the cluster."""
-        return f"10.99.{self.index}.200"
+    def service_ranges(self) -> tuple[str, ...]:
+        """Addresses of Services in each family; the same in all clusters, as nobody routes them."""
+        return self._families(SERVICE_RANGE, SERVICE_RANGE_6)
+
+    @property
+    def own_ips(self) -> tuple[str, ...]:
+        """This machine's addresses on the link; `gateway` is the first."""
+        return self._node_network("1")
+
+    @property
+    def outsider_ips(self) -> tuple[str, ...]:
+        """Addresses on the nodes' network that are no node's, for a host outside the cluster."""
+        return self._node_network("200")
+
+    def node_ips(self, node: str) -> tuple[str, ...]:
+        """Addresses of a node; the first is its IPv4."""
+        return self._node_network(str(11 + self.nodes.index(node)))
+
+    def _node_network(self, host: str) -> tuple[str, ...]:
+        return self._families(f"10.99.{self.index}.{host}", f"fd73:766c:6d:{self.index:x}::{host}")
+
+    def _families(self, first: str, second: str) -> tuple[str, ...]:
+        return (first, second) if self.dual else (first,)
 
 
 def free_plan(nodes: tuple[str, ...], taken: Iterable[int]) -> Plan:
@@ -75,8 +96,9 @@ def free_plan(nodes: tuple[str, ...], taken: Iterable[int]) -> Plan:
     """
     routes = [_network(route["dst"]) for route in json.loads(run_ip("-json", "route")) if route["dst"] != "default"]
     for index in sorted(set(range(PLANS)) - set(taken)):
-        plan = Plan(index, nodes)
-        ranges = [ipaddress.ip_network(text) for text in (plan.node_range, plan.pod_range)]
+        plan = Plan(index, nodes, dual=has_ipv6())
+        # The second family has a prefix of its own that only clusters use, and follows the first.
+        ranges = [ipaddress.ip_network(text) for text in (plan.node_range, plan.pod_ranges[0])]
         if not any(route.overlaps(own) for route in routes for own in ranges):
             return plan
     raise ClusterError(
@@ -85,43 +107,57 @@ def free_plan(nodes: tuple[str, ...], taken: Iterable[int]) -> Plan:
     )
 
 
+def has_ipv6() -> bool:
+    """Tell whether new network namespaces of this machine have IPv6."""
+    switch = Path("/proc/sys/net/ipv6/conf/default/disable_ipv6")
+    return switch.exists() and switch.read_text(encoding="ascii").strip() == "0"
+
+
 def connect_switch(plan: Plan, switch: int) -> None:
     """Make the bridge in the switch's network namespace (`switch`: a pid in it), and this machine's link to it."""
     run_ip(f"link add {plan.link} type veth peer name host netns {switch}")
-    run_ip(f"address add {plan.gateway}/24 dev {plan.link}")
+    for command in _own(plan.own_ips, plan.link):
+        run_ip(command)
     run_ip(f"link set {plan.link} up")
     _in_namespace(switch, "link add bridge type bridge", "link set bridge up", "link set lo up")
     _plug(switch, "host")
 
 
 def connect_node(plan: Plan, node: str, switch: int, holder: int) -> None:
-    """Plug a node (`holder`: a pid in its network namespace) into the switch and give it its address."""
+    """Plug a node (`holder`: a pid in its network namespace) into the switch and give it its addresses."""
     _in_namespace(switch, f"link add {node} type veth peer name eth0 netns {holder}")
     _plug(switch, node)
-    _in_namespace(holder, f"address add {plan.node_ip(node)}/24 dev eth0", "link set eth0 up", "link set lo up")
+    _in_namespace(holder, *_own(plan.node_ips(node), "eth0"), "link set eth0 up", "link set lo up")
 
 
 def connect_outsider(
-    plan: Plan, addresses: Iterable[str], ranges: dict[str, str], *, switch: int, holder: int, nodes: dict[str, int]
+    plan: Plan,
+    addresses: Iterable[str],
+    ranges: dict[str, tuple[str, ...]],
+    *,
+    switch: int,
+    holder: int,
+    nodes: dict[str, int],
 ) -> None:
     """Plug a host that is no node (`holder`: a pid in its network namespace) into the switch.
 
     Args:
-        plan: Of the cluster; the host gets its `outsider_ip`.
+        plan: Of the cluster; the host gets its `outsider_ips`.
         addresses: Which the host has besides.
-        ranges: Pod range of each node; the host finds back to pods.
+        ranges: Pod ranges of each node; the host finds back to pods.
         switch: A pid in the switch's network namespace.
         holder: A pid in the host's.
         nodes: A pid in that of each node; they get routes to `addresses`.
     """
     _in_namespace(switch, f"link add outside type veth peer name eth0 netns {holder}")
     _plug(switch, "outside")
-    own = [f"address add {address}/32 dev eth0" for address in addresses]
-    back = [f"route add {pods} via {plan.node_ip(node)}" for node, pods in ranges.items()]
-    first = f"address add {plan.outsider_ip}/24 dev eth0"
-    _in_namespace(holder, first, "link set eth0 up", "link set lo up", *own, *back)
+    besides = [ipaddress.ip_interface(address) for address in addresses]
+    own = [f"address add {address} dev eth0{_NO_PROBE[address.version]}" for address in besides]
+    back = [command for node, pods in ranges.items() for command in _routes(pods, plan.node_ips(node))]
+    first = _own(plan.outsider_ips, "eth0")
+    _in_namespace(holder, *first, "link set eth0 up", "link set lo up", *own, *back)
     for pid in nodes.values():
-        _in_namespace(pid, *(f"route replace {address} via {plan.outsider_ip}" for address in addresses))
+        _in_namespace(pid, *_routes(map(str, besides), plan.outsider_ips))
 
 
 def unplug(switch: int, node: str) -> None:
@@ -134,13 +170,15 @@ def plug(switch: int, node: str) -> None:
     _in_namespace(switch, f"link set {node} up")
 
 
-def route_pods(plan: Plan, ranges: dict[str, str], holders: dict[str, int], *, between_nodes: bool) -> None:
-    """Route each node's pod range (`ranges`) by its node: on this machine, and on the other nodes if asked to."""
+def route_pods(plan: Plan, ranges: dict[str, tuple[str, ...]], holders: dict[str, int], *, between_nodes: bool) -> None:
+    """Route each node's pod ranges by its node: on this machine, and on the other nodes if asked to."""
     for node, pods in ranges.items():
-        run_ip(f"route replace {pods} via {plan.node_ip(node)}")
+        commands = _routes(pods, plan.node_ips(node))
+        for command in commands:
+            run_ip(command)
         for other, holder in holders.items():
             if between_nodes and other != node:
-                _in_namespace(holder, f"route replace {pods} via {plan.node_ip(node)}")
+                _in_namespace(holder, *commands)
 
 
 def disconnect(plan: Plan) -> None:
@@ -174,6 +212,24 @@ def run(command: list[str]) -> str:
 def _in_namespace(pid: int, *commands: str) -> None:
     for command in commands:
         run(["nsenter", f"--target={pid}", "--net", "ip", *command.split()])
+
+
+# An IPv6 address cannot be used for a second or two, until nobody else was found to have it.
+_NO_PROBE = {4: "", 6: " nodad"}
+_NODE_PREFIX = {4: 24, 6: 64}
+
+
+def _own(addresses: Iterable[str], link: str) -> list[str]:
+    """Commands of `ip` that give a link its addresses on the nodes' network."""
+    found = [ipaddress.ip_address(address) for address in addresses]
+    return [f"address add {one}/{_NODE_PREFIX[one.version]} dev {link}{_NO_PROBE[one.version]}" for one in found]
+
+
+def _routes(targets: Iterable[str], ways: Iterable[str]) -> list[str]:
+    """Commands of `ip` that route each target by the way of its family; one without a way has none."""
+    by_family = {ipaddress.ip_address(way).version: way for way in ways}
+    networks = [_network(target) for target in targets]
+    return [f"route replace {one} via {by_family[one.version]}" for one in networks if one.version in by_family]
 
 
 def _plug(switch: int, port: str) -> None:

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,8 +64,8 @@ class Node:
 
     @property
     def ip(self) -> str:
-        """Its address."""
-        return self.plan.node_ip(self.name)
+        """Its address, where one is asked for."""
+        return self.plan.node_ips(self.name)[0]
 
     @property
     def daemons(self) -> tuple[str, ...]:
@@ -166,9 +167,11 @@ class Node:
                     f"{daemon.log_tail(self.folder, name)}"
                 )
 
-    def write_bridge_network(self, pods: str) -> None:
-        """Configure the bridge plugin for a pod range: the node is Ready once this exists."""
-        ipam = {"type": "host-local", "ranges": [[{"subnet": pods}]], "routes": [{"dst": "0.0.0.0/0"}]}
+    def write_bridge_network(self, pods: Iterable[str]) -> None:
+        """Configure the bridge plugin for pod ranges, one of each family: the node is Ready once this exists."""
+        ranges = [[{"subnet": subnet}] for subnet in pods]
+        routes = [{"dst": default} for default in ("0.0.0.0/0", "::/0")[: len(ranges)]]
+        ipam = {"type": "host-local", "ranges": ranges, "routes": routes}
         bridge = {"type": "bridge", "bridge": "cni0", "isGateway": True, "hairpinMode": True, "ipam": ipam}
         portmap = {"type": "portmap", "capabilities": {"portMappings": True}}
         content = {"cniVersion": "1.0.0", "name": "pods", "plugins": [bridge, portmap]}
@@ -195,7 +198,7 @@ class Node:
                 f"--config={own}/kubelet.yaml",
                 f"--kubeconfig={_CLUSTER}/{self.name}.kubeconfig",
                 f"--hostname-override={self.name}",
-                f"--node-ip={self.ip}",
+                f"--node-ip={','.join(self.plan.node_ips(self.name))}",
                 "--root-dir=/var/lib/kubelet",
             ]
         if name == binaries.KUBE_PROXY:
@@ -252,7 +255,7 @@ class Node:
             "kind": "KubeProxyConfiguration",
             "clientConnection": {"kubeconfig": f"{_CLUSTER}/{binaries.KUBE_PROXY}.kubeconfig"},
             "mode": "nftables",
-            "clusterCIDR": self.plan.pod_range,
+            "clusterCIDR": ",".join(self.plan.pod_ranges),
             "hostnameOverride": self.name,
             "bindAddress": self.ip,
             "healthzBindAddress": "127.0.0.1:10256",
@@ -264,6 +267,7 @@ class Node:
 
     def _cilium(self) -> list[str]:
         """Cilium as pod network and policy engine; kube-proxy keeps the Services."""
+        second = [f"--ipv6-native-routing-cidr={pods}" for pods in self.plan.pod_ranges[1:]]
         return [
             f"--k8s-kubeconfig-path={_CLUSTER}/{binaries.CILIUM_AGENT}.kubeconfig",
             "--state-dir=/run/cilium",
@@ -271,12 +275,14 @@ class Node:
             "--bpf-root=/sys/fs/bpf",
             "--cgroup-root=/run/cilium/cgroupv2",
             "--enable-ipv4=true",
-            "--enable-ipv6=false",
+            f"--enable-ipv6={'true' if self.plan.dual else 'false'}",
             "--ipam=kubernetes",
             "--routing-mode=native",
-            f"--ipv4-native-routing-cidr={self.plan.pod_range}",
+            f"--ipv4-native-routing-cidr={self.plan.pod_ranges[0]}",
+            *second,
             "--auto-direct-node-routes=true",
             "--enable-ipv4-masquerade=false",
+            "--enable-ipv6-masquerade=false",
             "--devices=eth0",
             "--kube-proxy-replacement=false",
             "--enable-l7-proxy=false",

@@ -85,7 +85,9 @@ def _mount_node(cluster: Path, node: Path, cache: Path) -> None:
     _mount("none", "/", flags=_MS_SHARED | _MS_REC)
     for path in ("/run/lock", "/run/netns", "/run/cilium/cgroupv2"):
         Path(path).mkdir(parents=True)
-    Path("/proc/sys/net/ipv4/ip_forward").write_text("1", encoding="ascii")
+    for switch in (Path("/proc/sys/net/ipv4/ip_forward"), Path("/proc/sys/net/ipv6/conf/all/forwarding")):
+        if switch.exists():  # not where the kernel has no IPv6
+            switch.write_text("1", encoding="ascii")
 
 
 def _available_memory() -> int:

@@ -123,7 +123,7 @@ def join(folder: Path, plan: Plan, cni: Cni, kubectl: Kubectl, progress: Progres
     if cni == "cilium":
         kubectl("create", "--recursive", "--filename", str(binaries.CILIUM.folder / "crds"))
     _for_each(nodes, Node.start_rest)
-    ranges = _until(lambda: _pod_ranges(kubectl, plan), "every node has its pod range", nodes)
+    ranges = _until(lambda: pod_ranges(kubectl, plan), "every node has its pod range", nodes)
     holders = {node.name: first_process(node.folder).pid for node in nodes}
     network.route_pods(plan, ranges, holders, between_nodes=cni == "bridge")
     if cni == "bridge":
@@ -214,8 +214,10 @@ def _until(look: Callable[[], T | None], what: str, nodes: list[Node]) -> T:
     return found
 
 
-def _pod_ranges(kubectl: Kubectl, plan: Plan) -> dict[str, str] | None:
-    ranges = {item["metadata"]["name"]: item["spec"].get("podCIDR") for item in kubectl.get("nodes")["items"]}
+def pod_ranges(kubectl: Kubectl, plan: Plan) -> dict[str, tuple[str, ...]] | None:
+    """Return the pod ranges of each node, one of each family; None while a node has none."""
+    nodes = kubectl.get("nodes")["items"]
+    ranges = {item["metadata"]["name"]: tuple(item["spec"].get("podCIDRs") or ()) for item in nodes}
     return {name: ranges[name] for name in plan.nodes} if all(ranges.get(name) for name in plan.nodes) else None
 
 

@@ -68,7 +68,7 @@ class User:
 class GroupUser:
     """Somebody who changes, damages and restarts one resource whose engines are groups of two pods.
 
-    A group that is broken again and again waits longer and longer, so this one seldom does it.
+    A group that is broken again and again waits longer and longer, so this one seldom does it, and knows a cure.
     """
 
     NAME = "groups"
@@ -83,6 +83,11 @@ class GroupUser:
     def act(self, namespace: str) -> None:
         """Do something to it, or nothing."""
         self.dice.choices((lambda _: None, self._change, self._damage, self._break), (6, 3, 3, 1))[0](namespace)
+
+    def cure(self, namespace: str) -> None:
+        """Change the template of the engines, which ends every back-off: another one may be what was missing."""
+        labels = {"example.com/attempt": str(self.dice.randrange(10**6))}
+        self.kube.patch(ref(namespace, self.NAME), {"spec": {"engine": {"labels": labels}}})
 
     def _change(self, namespace: str) -> None:
         self.kube.patch(ref(namespace, self.NAME), {"spec": {"replicas": self.dice.randint(1, 2)}})

@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +57,29 @@ def test_no_free_plan_names_the_ranges_and_where_to_look(monkeypatch: pytest.Mon
 
 
 def test_plans_do_not_overlap_and_names_fit_the_kernel() -> None:
-    plans = [network.Plan(index, NODES) for index in range(network.PLANS)]
-    for what in ("link", "gateway", "node_range", "pod_range", "outsider_ip"):
+    plans = [network.Plan(index, NODES, dual=True) for index in range(network.PLANS)]
+    for what in ("link", "gateway", "node_range", "pod_ranges", "own_ips", "outsider_ips"):
         assert len({getattr(plan, what) for plan in plans}) == network.PLANS
     assert all(len(plan.link) <= 15 for plan in plans)
-    addresses = [plan.node_ip(node) for plan in plans for node in NODES] + [plan.gateway for plan in plans]
-    assert len(set(addresses)) == len(addresses)
+    addresses = [ip for plan in plans for node in NODES for ip in plan.node_ips(node)]
+    addresses += [ip for plan in plans for ip in (*plan.own_ips, *plan.outsider_ips)]
+    assert len(set(addresses)) == len(addresses) == network.PLANS * 2 * (len(NODES) + 2)
+    ranges = [ip_network(text) for plan in plans for text in (*plan.pod_ranges, *plan.service_ranges)]
+    apart = {
+        one
+        for one in ranges
+        if any(one.overlaps(other) for other in set(ranges) - {one} if one.version == other.version)
+    }
+    assert apart == set()
+    assert not any(ip_address(ip) in one for ip in addresses for one in ranges)
+
+
+def test_a_plan_has_the_families_that_the_machine_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    routes(monkeypatch)
+    for dual in (True, False):
+        monkeypatch.setattr(network, "has_ipv6", lambda dual=dual: dual)
+        plan = network.free_plan(NODES, [])
+        assert [len(plan.pod_ranges), len(plan.service_ranges), len(plan.node_ips("n1"))] == [1 + dual] * 3
 
 
 def test_only_cilium_brings_an_agent(tmp_path: Path) -> None:

@@ -8,12 +8,26 @@ from typing import Any
 
 import pytest
 
-from e2e.matrix import Cell, Place, Report, Source, Target, cells, dial, member_of, node, socket_names, stranger, wrong
+from e2e.matrix import (
+    Cell,
+    Place,
+    Report,
+    Source,
+    Target,
+    cells,
+    dial,
+    member_of,
+    open_at,
+    socket_names,
+    stranger,
+    wrong,
+)
 from e2e.reach import OPEN, SILENT
 from securevllm.api.parse import parse
 from securevllm.context import Context
 from securevllm.render.meta import Owner
 from securevllm.topology import Topology, plan
+from tests.netpol import Node
 from tests.property.world import Member, World
 
 OWNER = Owner("llama", "apps", "uid-1")
@@ -52,7 +66,7 @@ def member(topology: Topology, role: str, group: str = "", number: int = 1) -> M
             "labels": labels | ({"securevllm.io/group": group} if group else {}),
         },
         "spec": {"nodeName": "n1"},
-        "status": {"podIP": f"10.0.0.{number}"},
+        "status": {"podIPs": [{"ip": f"10.0.0.{number}"}, {"ip": f"fd00::{number}"}]},
     }
     return member_of(pod, OWNER, topology)
 
@@ -64,12 +78,12 @@ def source(one: Member, dialler: Scripted | None = None) -> Source:
 def test_who_is_expected_to_get_through(topology: Topology) -> None:
     head, worker = member(topology, "engine", "e0", 1), member(topology, "engine-worker", "e0", 2)
     other, gateway = member(topology, "engine", "e1", 3), member(topology, "gateway", "", 4)
-    attacker = stranger("attacker", "apps", "10.0.0.9", "n1", {})
+    attacker = stranger("attacker", "apps", ("10.0.0.9",), "n1", {})
     world = World((head, worker, other, gateway), (attacker,), ())
     sources = [source(one) for one in world.members]
     sources += [Source("attacker", "same namespace", attacker, Scripted(SILENT))]
     sources += [
-        Source(f"host-{name}", "hostNetwork", node(name, "10.9.9.9"), Scripted(SILENT)) for name in ("n1", "n2")
+        Source(f"host-{name}", "hostNetwork", Node(name, ("10.9.9.9",)), Scripted(SILENT)) for name in ("n1", "n2")
     ]
     store = Target("10.0.0.1", 29501, "torch-distributed", head, "llama")
     api = Target("10.0.0.1", 8000, "api", head, "llama")
@@ -87,8 +101,29 @@ def test_who_is_expected_to_get_through(topology: Topology) -> None:
     assert not any(cell.source.endpoint is head.pod for cell in made), "nobody is asked about its own sockets"
 
 
+def test_a_source_tries_the_families_that_it_has(topology: Topology) -> None:
+    head, worker = member(topology, "engine", "e0", 1), member(topology, "engine-worker", "e0", 2)
+    attacker = stranger("attacker", "apps", ("10.0.0.9",), "n1", {})
+    sources = [source(worker), Source("attacker", "same namespace", attacker, Scripted(SILENT))]
+    targets = [Target(ip, 29501, "torch-distributed", head, "llama") for ip in head.pod.ips]
+    made = cells(World((head, worker), (attacker,), ()), sources, targets)
+    assert [(cell.source.name, str(cell.target), cell.wanted) for cell in made] == [
+        ("engine-worker-e0-2", "10.0.0.1:29501", True),
+        ("engine-worker-e0-2", "[fd00::1]:29501", True),
+        ("attacker", "10.0.0.1:29501", False),
+    ]
+
+
+def test_a_socket_is_tried_at_every_address_that_it_may_be_open_at() -> None:
+    everywhere = "0.0.0.0"  # noqa: S104 - what sockets say
+    listening = [("::", 1), (everywhere, 2), ("fd00::1", 3), ("10.0.0.1", 4), (everywhere, 1), ("192.0.2.1", 5)]
+    assert open_at(listening, ("10.0.0.1", "fd00::1")) == [
+        ("10.0.0.1", 1), ("fd00::1", 1), ("10.0.0.1", 2), ("fd00::1", 3), ("10.0.0.1", 4),
+    ]  # fmt: skip
+
+
 def cell(dialler: Scripted, *, wanted: bool) -> Cell:
-    attacker = stranger("attacker", "apps", "10.0.0.9", "n1", {})
+    attacker = stranger("attacker", "apps", ("10.0.0.9",), "n1", {})
     return Cell(Source("attacker", "x", attacker, dialler), Place("10.0.0.1:1", "place"), "x", wanted)
 
 
