@@ -123,6 +123,12 @@ def hollow_node(
 def _run(loop: asyncio.AbstractEventLoop, life: asyncio.Task[None], started: Future[HollowNode]) -> None:
     try:
         loop.run_until_complete(asyncio.wait([life]))
+        # What pods were waiting for, when the node ended in the middle of it.
+        left = asyncio.all_tasks(loop)
+        for task in left:
+            task.cancel()
+        if left:
+            loop.run_until_complete(asyncio.wait(left))
         loop.run_until_complete(loop.shutdown_asyncgens())
     finally:
         loop.close()
