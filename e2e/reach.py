@@ -5,7 +5,8 @@
 
 Prints one JSON object: target -> `open` (a handshake, then closed at once without a byte), `refused`, `silent` (no
 answer in time), `unreachable` or `unknown-name`. With `--watch` it connects again and again until its standard input
-ends, and prints how often, and which targets were open how many seconds after its start. With `--serve` it accepts
+ends, and prints how often, and which targets were open how many seconds after its start. Targets that come as lines of
+its standard input are then tried as often as it goes, the others when there is time. With `--serve` it accepts
 connections on these ports for ever, after printing; that makes a pod that can be reached. `--listening` prints the
 TCP sockets of this network namespace that others could reach, as `[ADDRESS, PORT]`. Standard library only.
 """
@@ -14,23 +15,34 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import errno
 import ipaddress
 import json
+import os
 import resource
 import select
 import socket
 import struct
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 OPEN, REFUSED, SILENT, UNREACHABLE, UNKNOWN_NAME = "open", "refused", "silent", "unreachable", "unknown-name"
 
 _AT_ONCE = 1000
-_PAUSE = 0.1
 _LISTEN_STATE = "0A"
+
+_OFTEN, _SELDOM = 0.02, 0.25
+"""Seconds between two tries of a target, of those that are named and of the others; more on a machine that is busy."""
+_PATIENCE = 0.3
+"""Seconds that an attempt of a watch has: many are under way to the same target."""
+_CHUNK = 128
+"""So many of the others in a row, so that those that are named need not wait."""
+_SOURCE_PORTS = range(20000, 20000 + 32)
+"""Attempts take these in turn: network plugins remember each pair of ports for a minute, and have a limit."""
 
 
 def reach_each(targets: Sequence[str], seconds: float) -> dict[str, str]:
@@ -95,20 +107,140 @@ def _end(one: socket.socket, error: int) -> str:
     return answers.get(error, UNREACHABLE)
 
 
-def watch(targets: Sequence[str], seconds: float) -> dict[str, object]:
-    """Connect to each again and again until standard input ends."""
-    began = time.monotonic()
-    rounds, opened = 0, dict[str, float]()
+class Watch:
+    """Connects to targets again and again, many at the same time.
+
+    Args:
+        targets: tried when there is time.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, targets: Sequence[str], clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._began = clock, clock()
+        self._others, self._named = list(dict.fromkeys(targets)), list[str]()
+        self._address = {target: _parsed(target) for target in targets}
+        self._at, self._next_others, self._next_named = 0, 0.0, 0.0
+        self._waiting: dict[int, tuple[str, socket.socket]] = {}
+        self._ends: deque[tuple[float, int, socket.socket]] = deque()
+        self._poll = select.epoll()
+        self._last: dict[str, float] = {}
+        self._tries: Counter[str] = Counter()
+        self._gap: dict[str, float] = {}
+        self.rounds, self.attempts, self.opened = 0, 0, dict[str, float]()
+
+    def name(self, target: str) -> None:
+        """Try this one as often as it goes from now on."""
+        if target in self._gap:
+            return
+        self._address[target] = _parsed(target)
+        self._gap[target] = 0.0
+        self._last[target] = self._clock()
+        self._named.append(target)
+
+    def turn(self) -> None:
+        """Begin what is due, and take in what has come of the rest."""
+        now = self._clock()
+        if now >= self._next_named:
+            self._next_named = now + _OFTEN
+            for target in self._named:
+                self._try(target)
+        if now >= self._next_others:
+            for target in self._others[self._at : self._at + _CHUNK]:
+                self._try(target)
+            self._at += _CHUNK
+            if self._at >= len(self._others):
+                self._at, self._next_others = 0, now + _SELDOM
+                self.rounds += 1
+        self._take_in()
+
+    def finish(self) -> None:
+        """Once more each, and wait for the answers."""
+        for target in (*self._named, *self._others):
+            self._try(target)
+            if self.attempts % _CHUNK == 0:
+                self._take_in()
+        self.rounds += 1
+        end = self._clock() + 1.0
+        while self._waiting and self._clock() < end:
+            self._take_in()
+            time.sleep(0.005)
+
+    def told(self) -> dict[str, object]:
+        """What came of it."""
+        tries = sorted(self._tries[target] for target in self._named)
+        gaps = sorted(self._gap.values())
+        return {
+            "rounds": self.rounds,
+            "attempts": self.attempts,
+            "seconds": round(self._clock() - self._began, 2),
+            "open": self.opened,
+            "named": len(self._named),
+            "fewest": tries[0] if tries else 0,
+            "gaps": [round(gaps[len(gaps) // 2], 3), round(gaps[-1], 3)] if gaps else [],
+        }
+
+    def _try(self, target: str) -> None:
+        family, address = self._address[target]
+        now = self._clock()
+        if target in self._gap:
+            self._gap[target] = max(self._gap[target], now - self._last[target])
+            self._last[target] = now
+        one = socket.socket(family, socket.SOCK_STREAM | socket.SOCK_NONBLOCK)
+        one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        with contextlib.suppress(OSError):  # taken: then the kernel chooses
+            one.bind(("", _SOURCE_PORTS[self._tries[target] % len(_SOURCE_PORTS)]))
+        error = one.connect_ex(address)
+        self.attempts += 1
+        self._tries[target] += 1
+        if error == errno.EINPROGRESS:
+            number = one.fileno()
+            self._waiting[number] = (target, one)
+            self._ends.append((now + _PATIENCE, number, one))
+            self._poll.register(number, select.EPOLLOUT)
+        else:
+            self._note(target, _end(one, error))
+
+    def _take_in(self) -> None:
+        # Before anything is given up: the kernel's word counts, however late this process has its turn.
+        while ready := self._poll.poll(0, _AT_ONCE):
+            for number, _ in ready:
+                target, one = self._waiting.pop(number)
+                self._poll.unregister(number)
+                self._note(target, _end(one, one.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)))
+        now = self._clock()
+        while self._ends and self._ends[0][0] <= now:
+            _, number, one = self._ends.popleft()
+            if number in self._waiting and self._waiting[number][1] is one:
+                del self._waiting[number]
+                one.close()
+
+    def _note(self, target: str, answer: str) -> None:
+        if answer == OPEN:
+            self.opened.setdefault(target, round(self._clock() - self._began, 2))
+
+
+def _parsed(target: str) -> tuple[socket.AddressFamily, tuple[str, int]]:
+    host, _, port = target.rpartition(":")
+    address = ipaddress.ip_address(host.strip("[]"))
+    return socket.AF_INET6 if address.version == 6 else socket.AF_INET, (str(address), int(port))
+
+
+def watch(targets: Sequence[str], _seconds: float) -> dict[str, object]:
+    """Connect to each again and again until standard input ends; what is named there, most often."""
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    watching, rest = Watch(targets), b""
     while True:
-        # Looked at before the round: the last one begins after the input has ended.
-        last = bool(select.select([sys.stdin], [], [], 0)[0]) and not sys.stdin.read(1)
-        for target, answer in reach_each(targets, seconds).items():
-            if answer == OPEN:
-                opened.setdefault(target, round(time.monotonic() - began, 2))
-        rounds += 1
-        if last:
-            return {"rounds": rounds, "seconds": round(time.monotonic() - began, 2), "open": opened}
-        time.sleep(_PAUSE)
+        while select.select([0], [], [], 0)[0]:
+            said = os.read(0, 1 << 16)
+            if not said:
+                watching.finish()
+                return watching.told()
+            *lines, rest = (rest + said).split(b"\n")
+            for line in lines:
+                watching.name(line.decode())
+        watching.turn()
+        time.sleep(0.001)
 
 
 def listening() -> list[tuple[str, int]]:

@@ -26,6 +26,7 @@ import pytest
 from e2e import enforcement, images
 from e2e.cluster import binaries
 from e2e.cluster.errors import TooLate
+from e2e.cluster.kubectl import KubectlError
 from e2e.conftest import ARTEFACTS
 from e2e.reach import OPEN, SILENT
 from e2e.workload import (
@@ -42,6 +43,8 @@ from e2e.workload import (
     until,
     until_resource_ready,
 )
+from securevllm.render import canary
+from securevllm.render.meta import COMPONENT
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -58,6 +61,8 @@ ENGINE_PORT = 8000
 LAPSE = "nothing enforces policies any more"
 SOON = 60.0
 """A lapse is told within so many seconds."""
+_UNDER_WAY = 5.0
+"""Seconds that a round without canary pods may take."""
 LONG = 240.0
 """For what has no goal; on a machine that is many times slower."""
 
@@ -295,6 +300,69 @@ def test_a_person_who_measures_by_hand_is_told_the_same(scene: Scene, person: Pa
     until(lambda: all(holds(scene.look()) for holds in _isolated().values()) or None, "all are isolated", LONG)
 
 
+def test_an_operator_that_is_cut_off_from_the_pods_does_not_go_on_calling_them_isolated(
+    scene: Scene, times: Times, cluster: Cluster
+) -> None:
+    if not enforcement.can_be_withheld(cluster):
+        pytest.skip("a policy of Cilium cuts the operator off: no NetworkPolicy takes away what another one allows")
+    incident = "the operator is cut off from the pods"
+    gateway = pods_of(scene.kubectl, scene.namespace, "gateway")[0]["status"]["podIP"]
+    operators = [
+        Pod(scene.kubectl, OPERATOR, pod["metadata"]["name"], pod["status"]["podIP"])
+        for pod in scene.kubectl.get(f"--namespace={OPERATOR}", "pods")["items"]
+    ]
+
+    def reached() -> bool:
+        return any(_connects(pod, gateway, 8443) for pod in operators)
+
+    assert reached()
+    assert all(holds(scene.look()) for holds in _isolated().values())
+    apply(scene.kubectl, _cut_off(scene.namespace))
+    try:
+        until(lambda: not reached(), "the operator is cut off", LONG)
+        cut, began = time.time(), time.monotonic()
+        looks: dict[str, Look] = {
+            f"Isolated=Unknown of {name}": partial(_tells, name, "Isolated", "Unknown", "NoControl") for name in EVERY
+        }
+        times.wait(scene, incident, looks, since=began)
+        # Silence of everything shows nothing, however long it lasts: STRICT would have had three full rounds by then.
+        time.sleep(30)
+        seen = scene.look()
+        assert {seen.told(name, "Isolated") for name in EVERY} == {("Unknown", "NoControl")}
+        assert "silence proves nothing" in seen.condition(STRICT, "Isolated")["message"]
+        verified = {name: moment for pod in operators for name, moment in _verified(pod, scene.namespace).items()}
+        assert {*verified} >= {*EVERY}
+        # What was under way when it was cut off may have ended.
+        assert {name: moment - cut for name, moment in verified.items() if moment > cut + _UNDER_WAY} == {}
+        times.rows.append((incident, "last verified, after it", max(verified.values()) - cut))
+        # Unknown is not broken: clients are served, also in mode Enforce.
+        assert seen.endpoints[f"{STRICT}-engine"] == 1
+        assert [scene.ask(name) for name in EVERY] == [200] * len(EVERY)
+    finally:
+        scene.kubectl("delete", f"--namespace={OPERATOR}", "ciliumnetworkpolicy", "cut-off")
+    times.wait(scene, "the operator reaches the pods again", _isolated())
+
+
+def test_canaries_that_may_send_nothing_make_nothing_isolated(scene: Scene, times: Times) -> None:
+    """A tenant's own deny of all egress: to the canary pods everything is silent."""
+    incident = "a foreign policy holds the canary pods back"
+    everybody = {"podSelector": {"matchLabels": {COMPONENT: canary.COMPONENT_VALUE}}, "policyTypes": ["Egress"]}
+    apply(scene.kubectl, policy("hold-back", scene.namespace, everybody))
+    try:
+        _measure(scene, "held")
+        looks: dict[str, Look] = {
+            f"Isolated=Unknown of {name}": partial(_tells, name, "Isolated", "Unknown", "NoControl") for name in EVERY
+        }
+        times.wait(scene, incident, looks)
+        seen = scene.look()
+        assert all("hold-back" in seen.condition(name, "Isolated")["message"] for name in EVERY)
+        assert seen.endpoints[f"{STRICT}-engine"] == 1
+    finally:
+        scene.kubectl("delete", f"--namespace={scene.namespace}", "networkpolicy", "hold-back")
+    _measure(scene, "free")
+    times.wait(scene, "the canary pods may send again", _isolated())
+
+
 def test_policies_that_are_deleted_by_hand_come_back(scene: Scene, times: Times, cells: Cells) -> None:
     before = scene.look().policies
     back: dict[str, Look] = {"all policies are back": lambda seen: seen.policies == before}
@@ -474,6 +542,46 @@ def _access(kubectl: Kubectl, namespace: str, name: str) -> tuple[str, str]:
     """Certificate authority (PEM) and a client key of a gateway."""
     authority = secret(kubectl, namespace, f"{name}-gateway-tls")["ca.crt"]
     return authority, next(iter(secret(kubectl, namespace, f"{name}-client-keys").values()))
+
+
+def _cut_off(namespace: str) -> dict[str, Any]:
+    """Lets the operator's pods reach everything but the pods of a namespace; its own policies cannot overrule that."""
+    there = {"matchLabels": {"k8s:io.kubernetes.pod.namespace": namespace}}
+    spec = {
+        "endpointSelector": {},
+        "enableDefaultDeny": {"ingress": False, "egress": False},
+        "egressDeny": [{"toEndpoints": [there]}],
+    }
+    metadata = {"name": "cut-off", "namespace": OPERATOR}
+    return {"apiVersion": "cilium.io/v2", "kind": "CiliumNetworkPolicy", "metadata": metadata, "spec": spec}
+
+
+def _connects(pod: Pod, address: str, port: int) -> bool:
+    """Whether a pod of the operator's completes a handshake."""
+    program = "import socket, sys; socket.create_connection((sys.argv[1], int(sys.argv[2])), 1)"
+    try:
+        pod.run("python", "-c", program, address, str(port))
+    except KubectlError:
+        return False
+    return True
+
+
+def _verified(pod: Pod, namespace: str) -> dict[str, float]:
+    """When a pod of the operator's last measured each resource of a namespace; nothing: it does not lead."""
+    ask = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:8080/metrics', timeout=10).read().decode())"
+    found = re.findall(
+        r"^securevllm_isolation_verified_timestamp_seconds\{(.*)\} (\S+)$", pod.run("python", "-c", ask), re.MULTILINE
+    )
+    labels = [(dict(re.findall(r'(\w+)="([^"]*)"', text)), float(moment)) for text, moment in found]
+    return {told["name"]: moment for told, moment in labels if told["namespace"] == namespace}
+
+
+def _measure(scene: Scene, word: str) -> None:
+    """Have every resource measured completely, now."""
+    scene.kubectl(
+        *("annotate", f"--namespace={scene.namespace}", "securevllmdeployments", "--all", "--overwrite"),
+        f"securevllm.io/verify-at={word}",
+    )
 
 
 def _delete_policies(scene: Scene) -> None:

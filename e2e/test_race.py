@@ -1,7 +1,8 @@
 """Between the moment when a pod exists and the one when its policies are enforced, no engine can be reached.
 
-A scanner connects to every address that a pod can get, again and again, from before the first pod exists. Cilium
-programs a pod before it starts; an engine that is late, or none at all, is an agent that was told to enforce nothing.
+A scanner connects to every address that a pod can get, again and again, from before the first pod exists; and from the
+moment that a pod has one to that, fifty times a second, with many attempts under way at once. Cilium programs a pod
+before it starts; an engine that is late, or none at all, is an agent that was told to enforce nothing.
 """
 
 from __future__ import annotations
@@ -9,11 +10,11 @@ from __future__ import annotations
 import ipaddress
 import json
 import subprocess
-import tempfile
+import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ UNMEASURED = {"verification": {"mode": "Disabled"}}
 """The operator's canary pods listen on the engines' ports: nobody may but the tests' own controls."""
 ENGINES = 50
 MIN_ROUNDS = 5
+MIN_TRIES = 20
 READY_SECONDS = 900.0
 """A generous limit for what takes a minute or two on an idle machine with two cores."""
 
@@ -53,11 +55,27 @@ class Scan:
         rounds: How often it went over all targets.
         seconds: How long.
         opened: Target -> seconds after its start at which a handshake completed.
+        attempts: How many connections it tried.
+        named: Targets whose pods were known.
+        fewest: How often that of them was tried that was tried least.
+        gaps: Longest time between two tries of such a target: of the middle one, and of the worst; seconds.
     """
 
     rounds: int = 0
     seconds: float = 0.0
     opened: dict[str, float] | None = None
+    attempts: int = 0
+    named: int = 0
+    fewest: int = 0
+    gaps: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        return (
+            f"{self.attempts} attempts in {self.seconds:.0f} s, {self.attempts / max(self.seconds, 0.01):.0f} a second;"
+            f" {self.rounds} rounds over all addresses, one every {self.seconds / max(self.rounds, 1):.1f} s;"
+            f" {self.named} sockets of pods that had an address, each tried {self.fewest} times or more, with pauses of"
+            f" {' s for the middle one and at most '.join(f'{gap:.2f}' for gap in self.gaps)} s"
+        )
 
 
 @dataclass(frozen=True)
@@ -85,35 +103,81 @@ def lane(kubectl: Kubectl, nodes: list[str]) -> Iterator[Range]:
 
 
 @contextmanager
-def scanning(scanner: Pod, targets: Iterable[str]) -> Iterator[Scan]:
-    """Let a pod connect to all targets again and again for the length of the block, and once more at its end."""
+def scanning(scanner: Pod, targets: Iterable[str], named: Naming | None = None) -> Iterator[Scan]:
+    """Let a pod connect to all targets again and again for the length of the block, and once more at its end.
+
+    Args:
+        scanner: The pod.
+        targets: Whatever a pod can be at.
+        named: Tells which of them are there, and are tried most often.
+    """
     scan = Scan()
     command = [str(program()), f"--kubeconfig={scanner.kubectl.kubeconfig}", *scanner.exec_arguments("--stdin")]
-    command += ["--", "python", "-m", "reach", "--watch", "--timeout=1", *targets]
+    command += ["--", "python", "-m", "reach", "--watch", *targets]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
         try:
+            if named is not None:
+                named.listeners.append(process)
             yield scan
         finally:
+            if named is not None:
+                named.listeners.remove(process)
             said, _ = process.communicate(timeout=300)
     found = json.loads(said)
     scan.rounds, scan.seconds, scan.opened = found["rounds"], found["seconds"], found["open"]
+    scan.attempts, scan.named, scan.fewest = found["attempts"], found["named"], found["fewest"]
+    scan.gaps = tuple(found["gaps"])
+
+
+@dataclass
+class Naming:
+    """Tells scanners each address that a pod of a namespace gets.
+
+    Attributes:
+        namespace: Of the pods.
+        ports: That are tried of each.
+        pods: Every address that a pod of the cluster had -> those pods.
+        listeners: Scanners.
+    """
+
+    namespace: str
+    ports: tuple[int, ...]
+    pods: dict[str, set[str]] = field(default_factory=dict)
+    listeners: list[subprocess.Popen[str]] = field(default_factory=list)
+
+    def see(self, address: str, namespace: str, name: str) -> None:
+        """Take in what the API server said of a pod."""
+        new = address not in self.pods
+        self.pods.setdefault(address, set()).add(f"{namespace}/{name}")
+        if new and namespace == self.namespace and address != "<none>":
+            for process in [*self.listeners]:
+                with suppress(OSError, ValueError):  # it has ended
+                    assert process.stdin
+                    process.stdin.write("".join(f"{address}:{port}\n" for port in self.ports))
+                    process.stdin.flush()
 
 
 @contextmanager
-def census(kubectl: Kubectl) -> Iterator[dict[str, set[str]]]:
-    """Every address that a pod of the cluster has while the block runs -> those pods; complete after the block."""
+def census(kubectl: Kubectl, namespace: str) -> Iterator[Naming]:
+    """Every address that a pod of the cluster has while the block runs; those of a namespace are told to scanners."""
     columns = "custom-columns=IP:.status.podIP,NAMESPACE:.metadata.namespace,NAME:.metadata.name"
     command = [str(program()), f"--kubeconfig={kubectl.kubeconfig}", "get", "pods", "--all-namespaces", "--watch"]
-    pods: dict[str, set[str]] = {}
-    with tempfile.TemporaryFile("w+") as said:  # a pipe that nobody reads fills up
-        with subprocess.Popen([*command, "--no-headers", "--output", columns], stdout=said) as process:
-            try:
-                yield pods
-            finally:
-                process.terminate()
-        said.seek(0)
-        for address, namespace, name in map(str.split, said):
-            pods.setdefault(address, set()).add(f"{namespace}/{name}")
+    naming = Naming(namespace, (API, EVENTS))
+    with subprocess.Popen(
+        [*command, "--no-headers", "--output", columns], stdout=subprocess.PIPE, text=True
+    ) as process:
+
+        def read() -> None:
+            for line in process.stdout or ():
+                naming.see(*line.split())
+
+        thread = threading.Thread(target=read)
+        thread.start()
+        try:
+            yield naming
+        finally:
+            process.terminate()
+            thread.join()
 
 
 def unexplained(lane: Range, scan: Scan, control: Iterable[Pod], pods: dict[str, set[str]]) -> dict[str, set[str]]:
@@ -171,7 +235,11 @@ def late(cluster: Cluster) -> Cluster:
 def test_while_policies_are_withheld_no_engine_starts(late: Cluster, lane: Range, nodes: list[str]) -> None:
     count = 6
     targets = [f"{address}:{port}" for address in lane.addresses for port in (API, EVENTS)]
-    with withheld(late) as enforce, census(lane.kubectl) as pods, scanning(lane.scanners[0], targets) as scan:
+    with (
+        withheld(late) as enforce,
+        census(lane.kubectl, lane.namespace) as named,
+        scanning(lane.scanners[0], targets, named) as scan,
+    ):
         apply(lane.kubectl, resource(lane, "late", replicas=count, security=UNMEASURED))
         where = [(lane.namespace, "control", nodes[0])]
         control = start_pods(lane.kubectl, where, partial(until, seconds=READY_SECONDS), port=API)
@@ -184,8 +252,9 @@ def test_while_policies_are_withheld_no_engine_starts(late: Cluster, lane: Range
         assert all(started(pod) for pod in engines(lane, "late"))
     lane.kubectl("delete", f"--namespace={lane.namespace}", "securevllmdeployment", "late", "--wait=false")
     lane.kubectl("delete", f"--namespace={lane.namespace}", "pod", "control")  # it listens where engines do
+    note("late", f"{count} engines while policies are withheld: {scan}")
     assert scan.rounds >= MIN_ROUNDS, "between its looks the scanner may have missed a window"
-    assert unexplained(lane, scan, control, pods) == {}
+    assert unexplained(lane, scan, control, named.pods) == {}
 
 
 def _gate_waits(lane: Range, pod: dict[str, Any]) -> bool:
@@ -256,7 +325,11 @@ def test_no_scanner_reaches_an_engine_from_the_moment_it_exists(lane: Range, nod
     without_canaries(lane.kubectl, lane.namespace)
     targets = [f"{address}:{port}" for address in lane.addresses for port in (API, EVENTS)]
     beside, foreign = lane.scanners
-    with census(lane.kubectl) as pods, scanning(beside, targets) as near, scanning(foreign, targets) as far:
+    with (
+        census(lane.kubectl, lane.namespace) as named,
+        scanning(beside, targets, named) as near,
+        scanning(foreign, targets, named) as far,
+    ):
         apply(lane.kubectl, resource(lane, "many", replicas=ENGINES, security=UNMEASURED))
         # Beside the engines, and as new as they are: what a scanner sees when nothing keeps it out.
         wanted = [(lane.namespace, f"late-{node}", node) for node in nodes]
@@ -268,10 +341,11 @@ def test_no_scanner_reaches_an_engine_from_the_moment_it_exists(lane: Range, nod
     assert addresses_of(there) <= set(lane.addresses)
     for scan in (near, far):
         assert scan.rounds >= MIN_ROUNDS, "between its looks a scanner may have missed a window"
-        assert unexplained(lane, scan, control, pods) == {}
+        assert scan.named >= 2 * ENGINES
+        assert scan.fewest >= MIN_TRIES, "an engine was hardly looked at"
+        assert unexplained(lane, scan, control, named.pods) == {}
     note(
         "many",
-        f"{ENGINES} engines, {len(targets)} sockets, {near.rounds} and {far.rounds} rounds in {near.seconds:.0f} s,"
-        f" so a look at each socket every {near.seconds / near.rounds:.0f} and {far.seconds / far.rounds:.0f} s:"
-        f" 0 connections to an engine, {len(control)} of {len(control)} controls reached",
+        f"{ENGINES} engines, {len(targets)} sockets: 0 connections to an engine,"
+        f" {len(control)} of {len(control)} controls reached\nbeside: {near}\nother namespace: {far}",
     )

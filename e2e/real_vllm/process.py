@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from e2e.cluster.paths import cache_folder
-from e2e.explained import expected, explain
+from e2e.explained import NOT_ON_A_CPU, Expected, expected, explain
 from e2e.listening import Listener, Seen, family, look
 from e2e.real_vllm import launcher, model, packages
 
@@ -105,8 +105,12 @@ class RealVllm:
 
     def explained(self) -> dict[Listener, tuple[str, ...]]:
         """Its sockets, and the rows of the catalogue that its command line gives each."""
+        return explain(self.seen(), self.expected())
+
+    def expected(self) -> tuple[Expected, ...]:
+        """What the catalogue says of it."""
         seen = self.seen()
-        return explain(seen, expected(serve_arguments(seen), seen.environment, packages.version(), _LOOPBACK))
+        return expected(serve_arguments(seen), seen.environment, packages.version(), _LOOPBACK, NOT_ON_A_CPU)
 
     def end(self) -> None:
         """End it, and whatever of it is left."""

@@ -18,7 +18,7 @@ import pytest
 
 from e2e import exchange, listening
 from e2e.conftest import ARTEFACTS
-from e2e.explained import expected, explain, table
+from e2e.explained import NOT_ON_A_CPU, expected, explain, table
 from e2e.listening import Seen
 from e2e.reach import OPEN, SILENT
 from e2e.real_vllm import image, packages
@@ -229,8 +229,9 @@ def _seen(kubectl: Kubectl, pod: Mapping[str, Any]) -> Seen:
 def _assert_explained(kubectl: Kubectl, pod: Mapping[str, Any], there: set[str]) -> None:
     seen = _seen(kubectl, pod)
     address = pod["status"]["podIP"]
-    explained = explain(seen, expected(serve_arguments(seen), seen.environment, packages.version(), address))
-    shown = table(explained)
+    rows = expected(serve_arguments(seen), seen.environment, packages.version(), address, NOT_ON_A_CPU)
+    explained = explain(seen, rows)
+    shown = table(explained, rows)
     _keep(f"sockets of the real vLLM, pod {pod['metadata']['name']}", shown)
     assert all(explained.values()), shown
     assert {name for names in explained.values() for name in names} >= there, shown

@@ -10,6 +10,8 @@ import socket
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
@@ -215,6 +217,40 @@ def test_a_handshake_that_is_noticed_late_counts(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("e2e.reach.time.monotonic", lambda: next(late))
     with socket.create_server(("127.0.0.1", 0)) as server:
         assert answer(f"127.0.0.1:{server.getsockname()[1]}", 5) == reach.OPEN
+
+
+def test_a_watch_sees_a_socket_that_is_open_for_a_moment() -> None:
+    with socket.socket() as short, socket.socket() as never:
+        for one in (short, never):
+            one.bind(("127.0.0.1", 0))
+        targets = [f"127.0.0.1:{one.getsockname()[1]}" for one in (short, never)]
+        watching = reach.Watch(["127.0.0.1:1", *targets])
+        watching.name(targets[0])
+        opened = threading.Timer(0.2, short.listen)
+        opened.start()
+        end = time.monotonic() + 5
+        while not watching.opened and time.monotonic() < end:
+            watching.turn()
+        opened.join()
+        watching.finish()
+    assert [*watching.opened] == [targets[0]]
+    told = watching.told()
+    assert (told["named"], told["open"]) == (1, watching.opened)
+    assert int(str(told["attempts"])) > int(str(told["fewest"])) >= 2
+
+
+def test_a_watch_tries_what_is_named_more_often_and_forgets_nothing_of_the_rest() -> None:
+    now = [0.0]
+    watching = reach.Watch([f"127.0.0.1:{port}" for port in range(1, 301)], lambda: now[0])
+    watching.name("127.0.0.1:1")
+    for _ in range(100):
+        now[0] += 0.02
+        watching.turn()
+    told = watching.told()
+    assert told["fewest"] == 100 + watching.rounds
+    assert watching.rounds >= 5
+    assert watching.attempts >= watching.rounds * 300 + 100
+    assert told["gaps"] == [0.02, 0.02]
 
 
 def test_reach_calls_a_full_backlog_silent() -> None:

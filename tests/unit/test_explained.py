@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import random
 import socket
 from pathlib import Path
 
 import pytest
 
-from e2e.explained import Expected, expected, explain, table
+from e2e.explained import BOUNDS, NOT_ON_A_CPU, Expected, expected, explain, table
 from e2e.listening import Listener, Seen, family, look, sockets
 from securevllm.catalogue import Version
 
@@ -121,3 +122,65 @@ def test_the_table_says_what_is_not_explained() -> None:
         f"TCP {IP}:22 (sshd): NOT EXPLAINED",
         f"TCP {IP}:8000 (of a process out of sight): api",
     ]
+
+
+def drawn(count: int, process: str = "VLLM::Worker", *, first: int = 40000) -> list[Listener]:
+    """Sockets on ports that the kernel drew."""
+    return [Listener("TCP", IP, first + number, process) for number in range(count)]
+
+
+def unexplained(argv: tuple[str, ...], *listeners: Listener) -> list[Listener]:
+    rows = expected(argv, ENV, V032, IP, NOT_ON_A_CPU)
+    return [listener for listener, names in explain(seen(*listeners), rows).items() if not names]
+
+
+@pytest.mark.parametrize(
+    ("argv", "most"),
+    [
+        # As many as the real vLLM 0.32 has on the CPU.
+        (("/model",), 13),
+        (("/model", "--tensor-parallel-size=2"), 26),
+        ((*NODES, "--node-rank=0"), 13 + 2),
+        ((*NODES, "--node-rank=1", "--headless"), 13 + 1),
+    ],
+    ids=["one rank", "two ranks", "head", "worker"],
+)
+def test_one_random_port_too_many_is_explained_by_nothing(argv: tuple[str, ...], most: int) -> None:
+    assert unexplained(argv, *drawn(most)) == []
+    planted = Listener("TCP", IP, 39999, "stranger")
+    assert unexplained(argv, planted, *drawn(most)) == [planted]
+    assert len(unexplained(argv, *drawn(most + 3))) == 3
+
+
+def test_a_planted_socket_that_looks_like_the_others_is_one_too_many_all_the_same() -> None:
+    """Which of them it is cannot be told: one has no explanation."""
+    assert len(unexplained(("/model",), *drawn(14))) == 1
+
+
+def test_of_each_row_that_nothing_was_counted_of_there_is_one_socket_for_each_rank() -> None:
+    argv = ("/model", "--tensor-parallel-size=2", "--data-parallel-size=2", "--data-parallel-size-local=1")
+    rows = {row.name: row.most for row in expected(argv, ENV, V032) if not row.first}
+    assert rows == {
+        "data-parallel-store": 2,
+        "data-parallel-io": 2,
+        "data-parallel-coordinator": 2,
+        "gloo": 2 * BOUNDS["gloo"].per_rank,
+        "nccl": 2,
+    }
+
+
+def test_rows_that_overlap_are_shared_out_so_that_all_are_explained_that_can_be() -> None:
+    """A socket takes no place of a row from one that only that row explains."""
+    wide, narrow = Expected("wide", "TCP", IP, 0, 0, 2), Expected("narrow", "TCP", IP, 40000, 40001, 2)
+    listeners = [Listener("TCP", IP, port) for port in (40000, 40001, 50000, 50001)]
+    for _ in range(20):
+        random.shuffle(listeners)
+        assert all(explain(seen(*listeners), [wide, narrow]).values())
+        assert all(explain(seen(*listeners), [narrow, wide]).values())
+    more = [*listeners, Listener("TCP", IP, 50002)]
+    assert [found.port >= 50000 for found, names in explain(seen(*more), [wide, narrow]).items() if not names] == [True]
+
+
+def test_the_table_says_how_many_there_may_be() -> None:
+    rows = expected(("/model",), ENV, V032, IP, NOT_ON_A_CPU)
+    assert table(explain(seen(*drawn(1)), rows), rows).splitlines()[-1] == "(at most 13 of gloo)"

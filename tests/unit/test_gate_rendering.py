@@ -45,10 +45,15 @@ def engine(context: Context = CONTEXT, **spec: Any) -> dict[str, Any]:
     return pod
 
 
-def test_the_engines_image_is_pulled_first_and_the_gate_comes_last() -> None:
-    first, last = engine()["initContainers"]
+def test_a_group_pulls_the_engines_image_first_and_the_gate_comes_last() -> None:
+    first, last = containers(Barrier(29499, "1", ("a.", "b."), "g0/1"))
     assert (first["name"], first["image"], first["command"]) == ("pull", FINE["image"], ["/bin/true"])
     assert (last["name"], last["image"], last["args"]) == ("gate", CONTEXT.operator_image, ["gate"])
+
+
+def test_before_the_gate_of_a_single_pod_nothing_of_its_image_runs() -> None:
+    [only] = engine()["initContainers"]
+    assert (only["name"], only["image"], only["args"]) == ("gate", CONTEXT.operator_image, ["gate"])
 
 
 def test_both_are_restricted_and_small() -> None:

@@ -54,7 +54,7 @@ def test_every_pod_with_an_http_server_has_it_and_no_other_pod(name: str) -> Non
 
 def test_it_comes_after_the_gate_as_a_container_of_its_own_user_and_without_any_secret() -> None:
     pod = pods(made(**METRICS))["llama-engine"]
-    assert [container["name"] for container in pod["initContainers"]] == ["pull", "gate"]
+    assert [container["name"] for container in pod["initContainers"]] == ["gate"]
     assert [container["name"] for container in pod["containers"]] == ["vllm", "metrics"]
     (found,) = beside(pod)
     assert found["image"] == Context().gateway_image

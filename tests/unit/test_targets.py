@@ -10,7 +10,16 @@ from securevllm import catalogue
 from securevllm.api import routes
 from securevllm.api.parse import parse
 from securevllm.context import Context
-from securevllm.proof.targets import ASKED_AT_MOST, Request, endpoints, is_ready, one_per_group, requests
+from securevllm.proof.targets import (
+    ASKED_AT_MOST,
+    Place,
+    Request,
+    endpoints,
+    is_ready,
+    one_per_group,
+    requests,
+    shut,
+)
 from securevllm.render import Observed, render
 from securevllm.render.meta import Owner
 from securevllm.topology import Topology, plan
@@ -73,7 +82,7 @@ SPLIT: dict[str, Any] = {
         (
             METRICS,
             METRICS | {"ports": {"api": 8124, "metrics": 9000}},
-            {("llama-engine", "api", 8000), ("llama-engine", "metrics", 9464)},
+            {("llama-engine", "api", 8000), ("llama-engine", "metrics", 9464), ("llama-gateway", "metrics", 9903)},
         ),
         # A sidecar of before is closed now; one that is not there yet does not listen.
         (METRICS, {}, {("llama-engine", "api", 8000), ("llama-engine", "metrics", 9464)}),
@@ -102,6 +111,24 @@ def test_what_a_pod_names_itself_is_where_it_listens(
     found = endpoints(topology(SPEC | after), started_as(SPEC | before))
     assert {(item.pod, item.socket, item.port) for item in found} == wanted
     assert len(found) == len(wanted)
+
+
+def test_only_declared_peers_may_reach_the_metrics_of_gateways_and_the_prober_tries_that() -> None:
+    made, pods = topology(SPEC | METRICS), started_as(SPEC | METRICS)
+    found = endpoints(made, pods)
+    assert {(item.pod, item.port, item.gateway) for item in found} == {
+        ("llama-engine", 8000, False),
+        ("llama-engine", 9464, False),
+        ("llama-gateway", 9903, True),
+    }
+    # Cheap rounds are about engines, and gateways alone have nobody to isolate.
+    assert [item.pod for item in one_per_group(found)] == ["llama-engine"]
+    assert endpoints(made, [item for item in pods if item["metadata"]["name"] == "llama-gateway"]) == ()
+    # What listens there for clients and for the operator is not meant.
+    assert {item.socket for item in found if item.gateway} == {"metrics"}
+    elsewhere, beside = Place("monitoring", beside=False, labels={}, exact=True), Place("apps", beside=True, labels={})
+    assert 9903 in {item.port for item in shut(made, found, elsewhere)}
+    assert not {9903, 9464} & {item.port for item in shut(made, found, beside)}
 
 
 def test_what_others_put_beside_an_engine_says_nothing_of_it() -> None:

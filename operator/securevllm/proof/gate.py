@@ -1,6 +1,7 @@
 """The last init container of an engine: holds it back until its isolation was seen from inside.
 
-    a name resolves -> what is forbidden is blocked -> in a group: all members say the same -> stable -> exit 0
+    a name resolves -> what is forbidden is blocked, again and again for a moment -> a name still resolves
+    -> in a group: all members say the same -> exit 0
 
 There is no way out but that. It never times out into "open": it says what it waits for, in its log and as the pod's
 termination message, and goes on looking. It has no token, and needs the standard library only.
@@ -28,7 +29,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 
-from securevllm.proof.dial import Listener, accepting, addresses, dial, greeting
+from securevllm.proof.dial import Listener, accepting, addresses, dial, greeting, knock
 from securevllm.proof.wire import (
     BLOCKED,
     GATE_VARIABLE,
@@ -45,9 +46,20 @@ from securevllm.proof.wire import (
 _TERMINATION_LOG = "/dev/termination-log"
 _DIAL_SECONDS = 0.75
 _DNS_SECONDS = 3.0
-_PAUSE = 0.25
-_ROUNDS = 2
 _TELL_AGAIN = 30.0
+
+_KNOCK_SECONDS = 0.1
+"""Between two tries of a target. A first packet may be lost; so many are not."""
+_LAST_SECONDS = 0.2
+"""That the last try has for its answer; those before have more."""
+_TRIES = 2
+"""At least, however short the time is."""
+
+_PAUSE = 0.25
+_LONGEST_PAUSE = 1.0
+_PAUSE_PART = 0.05
+"""Of the time that it has waited: a gate that waits long does not keep the API server busy. The longest pause and a
+look are shorter than a released member lingers."""
 
 _LINGER_SECONDS = 3.0
 """A released member answers for longer than the others pause between two looks, so that each sees it released."""
@@ -240,31 +252,21 @@ class Gate:
             await self._wait(meeting)
 
     async def _wait(self, meeting: Meeting | None) -> None:
-        since, rounds = None, 0
+        began = self._clock()
         while True:
-            began = self._clock()
             problem, _ = await asyncio.gather(self._round(), meeting.look() if meeting else asyncio.sleep(0))
-            since = None if problem else (began if since is None else since)
-            rounds = 0 if problem else rounds + 1
-            stable = since is not None and self._clock() - since >= self._config.stable_seconds and rounds >= _ROUNDS
             if meeting is None:
-                if stable:
+                if not problem:
                     return
-            elif meeting.advance(isolated=stable):
+            elif meeting.advance(isolated=not problem):
                 return
-            self._tell(problem or ("" if meeting is None or not stable else meeting.waits_for()))
-            await asyncio.sleep(_PAUSE)
+            self._tell(problem or ("" if meeting is None else meeting.waits_for()))
+            await asyncio.sleep(pause(self._clock() - began))
 
     async def _round(self) -> str:
         """One look at everything; what is wrong, or an empty text."""
-        try:
-            await addresses(self._config.dns, _DNS_SECONDS)
-        except OSError as error:
-            why = str(error) or "no answer in time"
-            return (
-                f"DNS does not answer for {self._config.dns} ({why}): without a sign of life silence proves nothing."
-                " If it stays, look at the operator's DNS settings"
-            )
+        if problem := await self._dead():
+            return problem
         if not self._config.isolation:
             return ""
         results = await asyncio.gather(*(self._look(target) for target in self._config.forbidden))
@@ -276,6 +278,18 @@ class Gate:
             )
         if not any(verdict is False for verdict, _ in results):
             return f"nothing to measure with: {'; '.join(told for _, told in results) or 'no target was given'}"
+        return await self._dead()  # it was silent all that time, and the network was there all that time
+
+    async def _dead(self) -> str:
+        """Why there is no sign of life of the network; empty: there is one."""
+        try:
+            await addresses(self._config.dns, _DNS_SECONDS)
+        except OSError as error:
+            why = str(error) or "no answer in time"
+            return (
+                f"DNS does not answer for {self._config.dns} ({why}): without a sign of life silence proves nothing."
+                " If it stays, look at the operator's DNS settings"
+            )
         return ""
 
     async def _look(self, target: Forbidden) -> tuple[bool | None, str]:
@@ -288,7 +302,7 @@ class Gate:
         except OSError:
             return None, f"{target.name} ({host}) does not resolve"
         foreign = [address for address in found if address not in self._node]
-        reaches = await asyncio.gather(*(dial(address, int(port), _DIAL_SECONDS) for address in foreign))
+        reaches = await asyncio.gather(*(self._knock(address, int(port)) for address in foreign))
         tried = dict(zip(foreign, reaches, strict=True))
         opened = [address for address, reach in tried.items() if reach is Reach.OPEN]
         if opened and await self._may_be_own_node(target):
@@ -299,6 +313,11 @@ class Gate:
             return False, target.name
         return None, f"{target.name} ({host}) has no address to try" if not tried else f"{target.name}: no way there"
 
+    async def _knock(self, address: str, port: int) -> Reach:
+        seconds = max(self._config.stable_seconds, (_TRIES - 1) * _KNOCK_SECONDS + _LAST_SECONDS)
+        tries = 1 + int((seconds - _LAST_SECONDS) / _KNOCK_SECONDS + 1e-6)
+        return await knock(address, port, tries=tries, every=_KNOCK_SECONDS, seconds=seconds)
+
     async def _may_be_own_node(self, target: Forbidden) -> bool:
         """Behind a Service address may be the own node: its answer on the same service's port gives it away."""
         tries = [dial(address, port, _DIAL_SECONDS) for address in self._node for port in target.node_ports]
@@ -306,6 +325,11 @@ class Gate:
 
     def _expanded(self, text: str) -> str:
         return self._environment.get(text[1:], "") if text.startswith("$") else text
+
+
+def pause(waited: float) -> float:
+    """Seconds until the next look, of a gate that has waited for so long."""
+    return min(_LONGEST_PAUSE, max(_PAUSE, waited * _PAUSE_PART))
 
 
 class Teller:

@@ -11,7 +11,7 @@ from securevllm.render.gate import GATE
 from securevllm.render.meta import GROUP_LABEL
 
 PATIENCE_SECONDS = 30.0
-"""A gate needs about two seconds where policies are enforced."""
+"""A gate needs about a second where policies are enforced."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 from securevllm import catalogue, netpol
 from securevllm.api import addresses
 from securevllm.context import CidrPeer
-from securevllm.render import engine, router, sidecar
+from securevllm.render import engine, gateway, router, sidecar
 from securevllm.render.meta import GROUP_LABEL, ROLE_LABEL
 from securevllm.topology import VLLM, Inbound, Role, Topology
 
@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from securevllm.context import Peer, Selector
 
 PROBED = frozenset({*VLLM, Role.ROUTER})
+_OF_GATEWAYS = frozenset({"metrics"})
+"""Sockets of gateways that only declared peers may reach; the others are for clients, or for the operator."""
 _STARTUP_ONLY = frozenset({"barrier"})
 """Sockets that are closed when a pod is Ready: refused would say nothing."""
 
@@ -26,6 +28,7 @@ _DECLARED = {
     (engine.CONTAINER, engine.API_PORT): "api",
     (router.ROLE, engine.API_PORT): "api",
     (sidecar.NAME, sidecar.NAME): sidecar.SOCKET,
+    (gateway.CONTAINER, gateway.METRICS_PORT): "metrics",
 }
 """Sockets that pods themselves name: container and name of its port."""
 
@@ -53,6 +56,7 @@ class Endpoint:
         address: one of its addresses; each family is probed.
         port: number.
         socket: name in the topology.
+        gateway: the pod is one: no engine, and no reason to say that engines are isolated.
     """
 
     pod: str
@@ -62,16 +66,21 @@ class Endpoint:
     address: str
     port: int
     socket: str
+    gateway: bool = False
 
 
 def endpoints(topology: Topology, pods: Iterable[Mapping[str, Any]]) -> tuple[Endpoint, ...]:
-    """Every named fixed TCP port of every Ready pod that runs model code or routes to it."""
+    """Every named fixed TCP port of every Ready pod that runs model code or routes to it, and what gateways hide.
+
+    Without one of the former there is nothing: a gateway without engines has nobody to isolate.
+    """
     ports: dict[str, dict[str, int]] = {}
     for socket in topology.sockets:
-        if socket.role in PROBED and socket.protocol == "TCP" and socket.port and socket.name not in _STARTUP_ONLY:
+        probed = socket.name in _OF_GATEWAYS if socket.role is Role.GATEWAY else socket.role in PROBED
+        if probed and socket.protocol == "TCP" and socket.port and socket.name not in _STARTUP_ONLY:
             # Of a range (one port for each rank) the first is listened on by some pod only: the others would say less.
             ports.setdefault(socket.role, {})[socket.name] = socket.port
-    return tuple(
+    found = tuple(
         Endpoint(
             pod["metadata"]["name"],
             pod["metadata"]["uid"],
@@ -80,12 +89,14 @@ def endpoints(topology: Topology, pods: Iterable[Mapping[str, Any]]) -> tuple[En
             address["ip"],
             port,
             name,
+            gateway=pod["metadata"]["labels"].get(ROLE_LABEL) == Role.GATEWAY,
         )
         for pod in sorted(pods, key=lambda item: str(item["metadata"]["name"]))
         if is_ready(pod)
         for address in pod["status"].get("podIPs", ())
         for name, port in sorted(_listening(pod, ports).items(), key=lambda item: item[1])
     )
+    return found if any(not item.gateway for item in found) else ()
 
 
 def _listening(pod: Mapping[str, Any], ports: Mapping[str, Mapping[str, int]]) -> Mapping[str, int]:
@@ -96,12 +107,15 @@ def _listening(pod: Mapping[str, Any], ports: Mapping[str, Mapping[str, int]]) -
     """
     role = pod["metadata"]["labels"].get(ROLE_LABEL, "")
     known = ports.get(role, {})
+    probed = role in PROBED or (role == Role.GATEWAY and bool(known))  # Envoy opens and shuts, whatever the pod names
     named = {
         _DECLARED[container["name"], port.get("name", "")]: int(port["containerPort"])
         for container in pod["spec"].get("containers", ())
         for port in container.get("ports", ())
-        if role in PROBED and (container["name"], port.get("name", "")) in _DECLARED
+        if probed and (container["name"], port.get("name", "")) in _DECLARED
     }
+    if role == Role.GATEWAY:
+        return named
     return {name: port for name, port in known.items() if name not in _DECLARED.values()} | named if named else known
 
 
@@ -112,10 +126,11 @@ def is_ready(pod: Mapping[str, Any]) -> bool:
 
 
 def one_per_group(found: Iterable[Endpoint]) -> tuple[Endpoint, ...]:
-    """The cheap round: one port of each group."""
+    """The cheap round: one port of each group; none of a gateway."""
     first: dict[str, Endpoint] = {}
     for endpoint in found:
-        first.setdefault(endpoint.group, endpoint)
+        if not endpoint.gateway:
+            first.setdefault(endpoint.group, endpoint)
     return tuple(first.values())
 
 
@@ -138,12 +153,13 @@ class Place:
 
 def shut(topology: Topology, found: Iterable[Endpoint], place: Place) -> tuple[Endpoint, ...]:
     """The endpoints that nobody at a place may reach, for certain: to reach another one would be no breach."""
-    opened = [flow for flow in topology.flows if isinstance(flow, Inbound) and flow.to.role in PROBED]
+    opened = [flow for flow in topology.flows if isinstance(flow, Inbound)]
     return tuple(
         endpoint
         for endpoint in found
         if not any(
-            flow.to.name == endpoint.socket and any(_may(peer, place, endpoint.address) for peer in flow.peers)
+            (flow.to.name, flow.to.role is Role.GATEWAY) == (endpoint.socket, endpoint.gateway)
+            and any(_may(peer, place, endpoint.address) for peer in flow.peers)
             for flow in opened
         )
     )

@@ -86,14 +86,14 @@ class GateConfig:
         isolation: False: somebody has said in words that it is not looked at; only the barrier is left.
         forbidden: what must not be reachable.
         barrier: None: a pod of its own.
-        stable_seconds: how long, without a break, everything has to be blocked.
+        stable_seconds: how long everything is tried, again and again, and has to be blocked.
     """
 
     dns: str
     forbidden: tuple[Forbidden, ...] = ()
     isolation: bool = True
     barrier: Barrier | None = None
-    stable_seconds: float = 1.5
+    stable_seconds: float = 0.6
 
 
 @dataclass(frozen=True)

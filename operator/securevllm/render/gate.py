@@ -1,7 +1,8 @@
-"""The init containers that hold an engine back: its own image first, the gate last.
+"""The init containers that hold an engine back: the gate last, and in a group its own image first.
 
-Kubelet pulls the image of a container when its turn comes. So the engine's image is first, with nothing to do: when the
-members of a group meet in their gates, no pull of ten minutes is left that would eat up vLLM's start-up time.
+Kubelet pulls the image of a container when its turn comes. So in a group the engine's image is first, with nothing to
+do: when the members meet in their gates, no pull of ten minutes is left that would eat up vLLM's start-up time. A pod
+that waits for nobody does without: kubelet looks for ended containers once a second, so that each one costs as much.
 
 What must be unreachable comes from what the topology does *not* allow: a target that a declared egress may reach is
 left out, because reaching it would be no breach.
@@ -50,7 +51,7 @@ def init_containers(
         topology: what the role may reach.
         role: whose pod it is.
         context: the cluster and the operator.
-        image: of the pod's own container; it is pulled first.
+        image: of the pod's own container; in a group it is pulled first.
         barrier: who waits for whom; None: the pod is a world of its own.
     """
     measured = spec.security.gate.disabled is None
@@ -63,14 +64,15 @@ def init_containers(
         barrier=barrier,
     )
     place = [] if barrier is None else _place()
+    pull: Object = {
+        "name": PULL,
+        "image": image,
+        "command": ["/bin/true"],
+        "resources": RESOURCES,
+        "securityContext": pods.CONTAINER_SECURITY,
+    }
     return [
-        {
-            "name": PULL,
-            "image": image,
-            "command": ["/bin/true"],
-            "resources": RESOURCES,
-            "securityContext": pods.CONTAINER_SECURITY,
-        },
+        *([] if barrier is None else [pull]),
         {
             "name": GATE,
             "image": context.operator_image,

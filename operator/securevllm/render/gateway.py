@@ -28,6 +28,7 @@ USER = GROUP = 65532  # "nonroot" of the distroless image
 XDS_SUFFIX, AUTH_SUFFIX = "gateway-xds", "gateway-auth"
 CLIENT_KEYS_SUFFIX, CA_SUFFIX, TLS_SUFFIX = "client-keys", "gateway-ca", "gateway-tls"
 
+CONTAINER = "envoy"
 METRICS_PORT = "envoy-metrics"
 """Name of the container's port; monitors ask for it."""
 
@@ -206,7 +207,7 @@ def template(
         name = tls.secret_name or owner.child(TLS_SUFFIX)
         volumes.append(("tls", _secret_volume(name, ["tls.crt", "tls.key"])))
     container = {
-        "name": "envoy",
+        "name": CONTAINER,
         "image": context.gateway_image,
         "args": list(envoy.arguments(model, concurrency=_THREADS)),
         "ports": [
