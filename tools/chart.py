@@ -1,7 +1,8 @@
 """Write what the chart takes from elsewhere: `make chart`, or `python tools/chart.py --check` to see what would change.
 
     files/                from crds/ and manifests/: definition, rights, admission policies, alerts, dashboard
-    values.schema.json    from values.yaml: types of the defaults, texts after `# --`, constraints after `# @schema`
+    values.schema.json    from values.yaml: types of the defaults, texts after `# --` (of a group of values: right above
+                          it), constraints after `# @schema`
     README.md             from values.yaml: one table of all values
 
 So everything that the chart says is said once, and helm refuses a key that values.yaml does not have.
@@ -35,14 +36,16 @@ class Value:
     Attributes:
         path: keys from the top.
         default: what values.yaml says.
-        text: for people; empty for a group of values.
+        text: for people.
         schema: constraints beside the type of the default.
+        group: of values, which follow; it is no value by itself.
     """
 
     path: tuple[str, ...]
     default: Any
     text: str
     schema: dict[str, Any]
+    group: bool = False
 
     @property
     def name(self) -> str:
@@ -116,19 +119,19 @@ def read_values(text: str) -> Iterator[Value]:
 def _values(node: Any, data: Any, lines: list[str], path: tuple[str, ...]) -> Iterator[Value]:
     for key, value in node.value:
         here = (*path, key.value)
-        text, schema = _comment(lines, key.start_mark.line)
+        text, schema, marked = _comment(lines, key.start_mark.line)
         inner = data[key.value]
-        if text:
-            yield Value(here, inner, text, schema)
-        elif isinstance(inner, dict) and inner:
-            yield Value(here, inner, "", schema)
+        group = isinstance(inner, dict) and bool(inner) and not marked
+        if not text or not (marked or group):
+            wanted = "# ..." if group else "# -- ..."
+            raise ValueError(f"values.yaml: {'.'.join(here)} has no text: put `{wanted}` above it")
+        yield Value(here, inner, text, schema, group)
+        if group:
             yield from _values(value, inner, lines, here)
-        else:
-            raise ValueError(f"values.yaml: {'.'.join(here)} has no text: put `# -- ...` above it")
 
 
-def _comment(lines: list[str], line: int) -> tuple[str, dict[str, Any]]:
-    """Text and constraints in the comment lines right above a key."""
+def _comment(lines: list[str], line: int) -> tuple[str, dict[str, Any], bool]:
+    """Text and constraints in the comment right above a key, and whether the text is marked as that of a value."""
     text: list[str] = []
     schema: dict[str, Any] = {}
     for above in reversed(lines[:line]):
@@ -138,11 +141,10 @@ def _comment(lines: list[str], line: int) -> tuple[str, dict[str, Any]]:
         if match := re.fullmatch(r"# @schema (\{.*\})", stripped):
             schema = json.loads(match[1])
         elif stripped.startswith("# -- "):
-            text.insert(0, stripped[5:])
-            return " ".join(text), schema
+            return " ".join([stripped[5:], *text]), schema, True
         else:
             text.insert(0, stripped[2:])
-    return "", schema
+    return " ".join(text), schema, False
 
 
 def _schema(values: list[Value]) -> dict[str, Any]:
@@ -160,10 +162,8 @@ def _schema(values: list[Value]) -> dict[str, Any]:
         node = top
         for key in value.path[:-1]:
             node = node["properties"][key]
-        entry: dict[str, Any] = {"type": TYPES[type(value.default)]}
-        if value.text:
-            entry["description"] = value.text
-        else:
+        entry: dict[str, Any] = {"type": TYPES[type(value.default)], "description": value.text}
+        if value.group:
             entry |= {"additionalProperties": False, "properties": {}}
         node["properties"][value.path[-1]] = entry | value.schema
     # The operator's own type says what bounds there are.
@@ -178,7 +178,9 @@ def _schema(values: list[Value]) -> dict[str, Any]:
 
 def _readme(values: list[Value]) -> str:
     chart = yaml.safe_load((CHART / "Chart.yaml").read_text(encoding="utf-8"))
-    rows = [f"| `{value.name}` | {_default(value.default)} | {_cell(value.text)} |" for value in values if value.text]
+    rows = [
+        f"| `{value.name}` | {_default(value.default)} | {_cell(value.text)} |" for value in values if not value.group
+    ]
     return README.format(version=chart["version"], kube=chart["kubeVersion"], rows="\n".join(rows))
 
 

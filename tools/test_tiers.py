@@ -87,6 +87,7 @@ TIERS = (
     Tier("fake", "the stand-in for vLLM: every topology as processes"),
     Tier("gateway", "a real Envoy", workers=0),
     Tier("api", "a real kube-apiserver", dist="loadfile", seconds=3600, cluster=True),
+    Tier("rights", "the operator's: none without a test that uses it"),
     Tier("e2e", "real nodes and a policy engine", workers=0, seconds=2700, cluster=True, nodes=True, folder="e2e"),
     Tier("vllm", "the real vLLM, no GPU", workers=0, seconds=2700, cluster=True, nodes=True, folder="e2e/real_vllm"),
 )
@@ -167,6 +168,8 @@ def _run(tier: Tier, before: dict[str, Result], builder: subprocess.Popen[bytes]
         result = _commands(tier, CHECKS)
     elif tier.name == "coverage":
         result = _coverage(tier, before)
+    elif tier.name == "rights":
+        result = _rights(tier, before)
     elif builder is not None and tier.cluster and (problem := _await_build(builder)):
         result = Result(missing=problem)
     else:
@@ -212,7 +215,8 @@ def _pytest(tier: Tier) -> Result:
 def _pytest_once(tier: Tier, command: list[str]) -> Result:
     report, log = OUTPUT / f"{tier.name}.xml", OUTPUT / f"{tier.name}.log"
     report.unlink(missing_ok=True)
-    code = _watch(tier, [*command, f"--junit-xml={report}"], env={"COVERAGE_FILE": str(MEASURED / tier.name)})
+    env = {"COVERAGE_FILE": str(MEASURED / tier.name), "SVLLM_RIGHTS": str(OUTPUT / f"{tier.name}.rights")}
+    code = _watch(tier, [*command, f"--junit-xml={report}"], env=env)
     result = _read_junit(report) if report.exists() else Result()
     result.log = log
     if code not in {0, 1} or (code == 1 and not result.failed):
@@ -235,6 +239,15 @@ def _coverage(tier: Tier, before: dict[str, Result]) -> Result:
     include = ",".join(f"*/securevllm/{path if path.endswith('.py') else path + '/*'}" for path in PURE_CORE)
     return _commands(tier, {"coverage report": ("coverage", "report", f"--data-file={MEASURED / 'all'}",
         f"--include={include}", f"--fail-under={COVERAGE_LIMIT}")})  # fmt: skip
+
+
+def _rights(tier: Tier, before: dict[str, Result]) -> Result:
+    used = OUTPUT / "api.rights"
+    if "api" not in before or before["api"].failed or before["api"].missing:
+        return Result(missing="what is used is seen in the api tier, which did not run through")
+    if not used.exists():
+        return Result(missing="the cluster of the api tier keeps no audit log that is ours to read")
+    return _commands(tier, {"rights": ("python", "-m", "tests.api.rights", str(used))})
 
 
 def _read_junit(report: Path) -> Result:

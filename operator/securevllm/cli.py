@@ -676,7 +676,7 @@ def _resources(stream: TextIO) -> Iterator[dict[str, Any]]:
 
     try:
         documents = [document for document in yaml.safe_load_all(stream) if document is not None]
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         _wrong(f"{stream.name} is not YAML: {error}")
     if not documents:
         _wrong(f"{stream.name} holds no object")

@@ -28,6 +28,7 @@ from urllib.parse import urlencode
 
 import aiohttp
 import structlog
+import yaml
 from kubernetes.aio.client import ApiClient, Configuration
 from kubernetes.aio.config import ConfigException, load_kube_config
 from kubernetes.aio.config.incluster_config import InClusterConfigLoader
@@ -189,15 +190,36 @@ class Login:
                 )
         except Exception as error:  # noqa: BLE001 - translated, never swallowed
             # The loader lets pass whatever a malformed file makes it raise, and a YAML error may quote a token.
-            shown = str(error) if isinstance(error, ConfigException | OSError) else type(error).__name__
             if self.kubeconfig is None:
+                shown = str(error) if isinstance(error, ConfigException | OSError) else type(error).__name__
                 tried = "no service account token of a pod; outside of a cluster name a file: --kubeconfig FILE"
-            else:
-                tried = f"--kubeconfig {self.kubeconfig} cannot be used"
-            raise OperatorError(f"{tried} ({shown})") from None
+                raise OperatorError(f"{tried} ({shown})") from None
+            raise OperatorError(
+                f"--kubeconfig {self.kubeconfig} cannot be used: {_fault(self.kubeconfig, error)}; name a file with"
+                " which `kubectl --kubeconfig FILE get namespaces` works"
+            ) from None
         # A proxy variable of the environment would see every request, and kopf ignores it too.
         configuration.client_session_kwargs = {"trust_env": False}
         return configuration
+
+
+def _fault(kubeconfig: Path, error: Exception) -> str:
+    """What is wrong with a kubeconfig, without a word of what is in it."""
+    try:
+        content = yaml.safe_load(kubeconfig.read_text(encoding="utf-8"))
+    except OSError as wrong:
+        return (wrong.strerror or type(wrong).__name__).lower()
+    except yaml.MarkedYAMLError as wrong:
+        mark = wrong.problem_mark or wrong.context_mark
+        return f"it is not YAML{f' from line {mark.line + 1} on' if mark else ''}"
+    except (UnicodeDecodeError, yaml.YAMLError):
+        return "it is not a text file"
+    if not isinstance(content, dict):
+        held = {list: "a list", type(None): "nothing"}.get(type(content), "a text")
+        return f"it holds {held}, and a kubeconfig begins with apiVersion: v1 and kind: Config"
+    if isinstance(error, ConfigException | OSError):
+        return str(error).removeprefix("Invalid kube-config file. ")
+    return f"it is not formed as a kubeconfig ({type(error).__name__})"
 
 
 def bearer_token(configuration: Configuration) -> str | None:

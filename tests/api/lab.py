@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,16 +27,15 @@ from securevllm.context import Context
 from securevllm.drift import additions, covers
 from securevllm.render import Observed, Rendered, engine, fetch, gateway, keys, render
 from securevllm.render.meta import DENY_NAME, Owner
+from tests.api import rights
 from tests.api.audit import WRITES, Audit, Request
 from tests.api.children import bare, children, defaulted
 from tests.api.kube import Kube, Refused
-from tests.api.operator_process import OPERATOR_NAMESPACE, PATHS, SERVICE_ACCOUNT, OperatorProcess, install
+from tests.api.operator_process import OPERATOR_NAMESPACE, PATHS, OperatorProcess, install
+from tests.api.rights import OURS
 
 if TYPE_CHECKING:
     from e2e.cluster import Cluster
-
-OURS = {"kind": "ServiceAccount", "name": SERVICE_ACCOUNT, "namespace": OPERATOR_NAMESPACE}
-"""Subject of the bindings of an installation."""
 
 
 @dataclass(frozen=True)
@@ -71,22 +70,8 @@ class Lab:
         self.cluster.start_apiserver()
 
     def forbidden(self) -> list[str]:
-        """What any operator asked for without the right to it.
-
-        Left out: what a namespace refuses because it ends, and what an API server refuses that has just started and
-        does not know its rules yet.
-        """
-        accounts = f"system:serviceaccount:{OPERATOR_NAMESPACE}:"
-        return [
-            f"{event['verb']} {event['requestURI']} at {event['requestReceivedTimestamp']}"
-            for event in self.cluster.audit_events()
-            if event["user"].get("username", "").startswith(accounts)
-            and event.get("annotations", {}).get("authorization.k8s.io/decision") == "forbid"
-            and not self._starting(datetime.fromisoformat(event["requestReceivedTimestamp"]))
-        ]
-
-    def _starting(self, moment: datetime) -> bool:
-        return any(start <= moment < start + timedelta(seconds=20) for start in self.starts)
+        """What any operator asked for without the right to it."""
+        return rights.forbidden(rights.by_operators(self.cluster), self.starts)
 
     def twin(self, account: str, installed: Sequence[KubeObject] = ()) -> str:
         """Another service account with the rights of an installation: the audit log tells two operators apart.
@@ -121,7 +106,9 @@ def started(folder: Path) -> Iterator[Lab]:
         try:
             lab = Lab(cluster, kube, Audit(cluster), folder, tuple(install(kube)))
             yield lab
-            found = lab.forbidden()
+            asked = rights.by_operators(cluster)
+            rights.remember(cluster.name, asked)
+            found = rights.forbidden(asked, lab.starts)
             assert not found, "\n".join(found)
         finally:
             kube.close()

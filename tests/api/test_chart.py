@@ -6,21 +6,26 @@ engines, run on a hollow node, which counts them as ready.
 
 from __future__ import annotations
 
+import copy
 import os
+import re
 import socket
 import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
-from e2e.cluster import Cluster, running
+from e2e.cluster import Cluster, ClusterError, binaries, running
+from e2e.cluster.binaries import PROMETHEUS_OPERATOR, unpack
 from e2e.cluster.hollow import hollow_node
 from e2e.cluster.runners import ContainerStart, Launch, Outcome, Runner
+from e2e.definitions import find_or_fetch
 from securevllm.api import kinds
 from securevllm.api.kinds import Ref
 from tests.api import older
@@ -35,21 +40,13 @@ from tests.api.operator_process import (
     resource,
     token,
 )
-from tests.chart.programs import CHART, KUBECTL, MANIFESTS, NAME, Helm, HelmError
+from tests.chart.programs import CHART, KUBECTL, MANIFESTS, NAME, Helm, HelmError, Object
+from tests.chart.test_kustomize import build
 
 pytestmark = pytest.mark.cluster
 
 CASES = sorted((Path(__file__).parents[1] / "chart" / "cases").glob("*.yaml"))
 RESOURCES = 20
-STRANGERS = {
-    "monitoring.coreos.com/v1": {
-        "ServiceMonitor": "servicemonitors",
-        "PodMonitor": "podmonitors",
-        "PrometheusRule": "prometheusrules",
-    },
-    "cilium.io/v2": {"CiliumNetworkPolicy": "ciliumnetworkpolicies"},
-}
-"""Kinds of other projects: the cluster gets definitions that take anything, so their fields are not checked here."""
 
 
 @pytest.fixture(scope="module")
@@ -62,33 +59,29 @@ def cluster() -> Iterator[Cluster]:
 @pytest.fixture(scope="module")
 def kube(cluster: Cluster) -> Iterator[Kube]:
     with closing(Kube(cluster.kubeconfig)) as client:
-        for api_version, found in STRANGERS.items():
-            group, _, version = api_version.partition("/")
-            for kind, plural in found.items():
-                define(client, group, version, kind, plural)
         yield client
 
 
-def define(kube: Kube, group: str, version: str, kind: str, plural: str) -> None:
-    schema = {"type": "object", "x-kubernetes-preserve-unknown-fields": True}
-    body = {
-        "apiVersion": "apiextensions.k8s.io/v1",
-        "kind": "CustomResourceDefinition",
-        "metadata": {"name": f"{plural}.{group}"},
-        "spec": {
-            "group": group,
-            "scope": "Namespaced",
-            "names": {"kind": kind, "plural": plural},
-            "versions": [{"name": version, "served": True, "storage": True, "schema": {"openAPIV3Schema": schema}}],
-        },
-    }
-    kube.request("POST", "/apis/apiextensions.k8s.io/v1/customresourcedefinitions", body)
-    eventually(lambda: kube.request("GET", f"/apis/{group}/{version}/{plural}"), 30)
+@pytest.fixture(scope="module")
+def others(cluster: Cluster) -> None:
+    """Prometheus-operator's and Cilium's definitions, as these projects publish them."""
+    try:
+        definitions = find_or_fetch()
+    except ClusterError as error:
+        pytest.skip(f"no definitions of other projects: {error}")
+    # The API server warns about formats that it does not know; that is between it and them.
+    done = asked(cluster, "create", *(f"--filename={path}" for path in definitions.values()))
+    assert done.returncode == 0, done.stderr
+    eventually(lambda: asked(cluster, "get", ",".join(definitions), "--all-namespaces").returncode == 0, 60)
+
+
+def asked(cluster: Cluster, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+    command = [str(KUBECTL), "--kubeconfig", str(cluster.kubeconfig), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, input=stdin)  # noqa: S603 - fixed
 
 
 def kubectl(cluster: Cluster, *arguments: str, stdin: str | None = None) -> str:
-    command = [str(KUBECTL), "--kubeconfig", str(cluster.kubeconfig), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120, input=stdin)  # noqa: S603 - fixed
+    done = asked(cluster, *arguments, stdin=stdin)
     assert done.returncode == 0, done.stderr
     assert "Warning" not in done.stderr, done.stderr
     return done.stdout
@@ -108,18 +101,94 @@ def namespaces(kube: Kube, *names: str) -> Iterator[None]:
 # -------------------------------------------------------------------------------------------------------- every value
 
 
+def judged(cluster: Cluster, objects: list[Object]) -> subprocess.CompletedProcess[str]:
+    """What the API server says to objects that it does not keep, field by field."""
+    apply = ["apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-", "-o", "name"]
+    return asked(cluster, *apply, stdin=yaml.safe_dump_all(objects))
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda path: path.stem)
-def test_the_api_server_takes_every_combination(cluster: Cluster, kube: Kube, helm: Helm, case: Path) -> None:
-    with new_namespace(kube, "chart") as namespace:
-        # Pods of `helm test` name an account that a dry run does not make.
-        options = ("--values", str(case), "--set", "watchNamespace=", "--skip-tests")
+def test_the_api_server_takes_every_combination(
+    cluster: Cluster, kube: Kube, helm: Helm, others: None, case: Path
+) -> None:
+    narrow = yaml.safe_load(case.read_text(encoding="utf-8")) or {}
+    with new_namespace(kube, "chart") as namespace, new_namespace(kube, "models") as models:
+        # A Role needs its namespace, and pods of `helm test` an account: a dry run makes neither.
+        scope = models if narrow.get("watchNamespace") else ""
+        options = ("--values", str(case), "--set", f"watchNamespace={scope}", "--skip-tests")
         objects = helm.template(*options, namespace=namespace)
-        printed = kubectl(
-            cluster,
-            *("apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-", "-o", "name"),
-            stdin=yaml.safe_dump_all(objects),
-        )
-        assert len(printed.splitlines()) == len(objects)
+        done = judged(cluster, objects)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(done.stdout.splitlines()) == len(objects)
+
+
+@pytest.mark.parametrize("variant", ["monitoring", "monitoring-namespaced"])
+def test_the_api_server_takes_the_monitoring_of_the_manifests(
+    cluster: Cluster, kube: Kube, others: None, tmp_path: Path, variant: str
+) -> None:
+    objects = [*build(tmp_path, variant.replace("monitoring", "install"), variant).values()]
+    monitoring = [obj for obj in objects if obj["apiVersion"].startswith("monitoring.coreos.com/")]
+    with namespaces(kube, NAME):
+        done = judged(cluster, monitoring)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert len(done.stdout.splitlines()) == 4
+
+
+WRONG: dict[str, list[tuple[tuple[str | int, ...], Any, str]]] = {
+    "ServiceMonitor": [
+        (("endpoints", 0, "intervall"), "30s", "field not declared in schema"),
+        (("endpoints", 0, "interval"), "often", "Invalid value"),
+    ],
+    "PodMonitor": [
+        (("namespaceSelektor",), {"any": True}, "field not declared in schema"),
+        (("podMetricsEndpoints", 0, "port"), 9464, "expected string"),
+    ],
+    "PrometheusRule": [
+        (("groups", 0, "rules", 0, "runbook"), "x", "field not declared in schema"),
+        (("groups", 0, "rules", 0, "for"), "a while", "Invalid value"),
+    ],
+    "CiliumNetworkPolicy": [
+        (("egress", 0, "toEntity"), ["kube-apiserver"], "field not declared in schema"),
+        (("egress", 0, "toEntities"), ["kube-api-server"], "Unsupported value"),
+    ],
+}
+"""By kind: a path in the spec, what is written there, and a part of the answer."""
+
+
+def test_the_api_server_would_refuse_what_their_projects_do_not_take(
+    cluster: Cluster, kube: Kube, helm: Helm, others: None
+) -> None:
+    """The control: the tests above mean something for kinds of other projects."""
+    values = [word for name in ("everything", "cilium") for word in ("--values", str(CASES[0].with_stem(name)))]
+    with new_namespace(kube, "chart") as namespace:
+        made = helm.template(*values, namespace=namespace)
+        foreign = [obj for obj in made if obj["apiVersion"].startswith(("monitoring.coreos.com/", "cilium.io/"))]
+        assert {obj["kind"] for obj in foreign} == {*WRONG}
+        for obj in foreign:
+            assert judged(cluster, [obj]).returncode == 0
+            for path, value, told in WRONG[obj["kind"]]:
+                *parents, last = path
+                wrong = copy.deepcopy(obj)
+                node = wrong["spec"]
+                for part in parents:
+                    node = node[part]
+                node[last] = value
+                done = judged(cluster, [wrong])
+                assert done.returncode, f"{obj['kind']} {path}: {value!r}"
+                assert told in done.stderr, done.stderr
+
+
+def test_definitions_that_are_not_the_pinned_ones_are_refused(
+    tmp_path: Path, others: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pins = Path(binaries.__file__).parent / PROMETHEUS_OPERATOR.module
+    for name in ("go.mod", "go.sum"):
+        # Any other hash in the place of the first one.
+        (tmp_path / name).write_text(re.sub(r" h1:\w{5}", " h1:AAAAA", (pins / name).read_text(), count=1))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    with pytest.raises(ClusterError, match="checksum mismatch"):
+        unpack(replace(PROMETHEUS_OPERATOR, module=str(tmp_path)), print)
+    assert list(tmp_path.rglob("*.yaml")) == []
 
 
 # ----------------------------------------------------------------------------------------------------------- one life

@@ -42,9 +42,38 @@ def test_every_default_is_what_the_schema_takes_and_every_object_is_closed_or_sa
     walk(schema, "")
 
 
-def test_a_value_without_a_text_is_an_error() -> None:
+def test_every_key_of_the_schema_has_a_description() -> None:
+    schema = json.loads((CHART / "values.schema.json").read_text(encoding="utf-8"))
+    without: list[str] = []
+
+    def walk(node: Any, path: str) -> None:
+        if isinstance(node, list):
+            for inner in node:
+                walk(inner, path)
+        if not isinstance(node, dict):
+            return
+        for name, inner in node.get("properties", {}).items():
+            if not inner.get("description"):
+                without.append(f"{path}.{name}")
+        for name, inner in node.items():
+            walk(inner, f"{path}.{name}")
+
+    walk(schema, "")
+    assert without == []
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "replicas: 2\n",
+        "# not marked as a value's\nreplicas: 2\n",
+        "# -- of another\n\nreplicas: 2\n",
+        "replicas:\n  # -- inside\n  a: 2\n",
+    ],
+)
+def test_a_value_or_a_group_without_a_text_is_an_error(text: str) -> None:
     with pytest.raises(ValueError, match="replicas has no text"):
-        list(chart.read_values("replicas: 2\n"))
+        list(chart.read_values(text))
 
 
 def test_the_api_reference_is_of_today() -> None:

@@ -12,6 +12,10 @@ from tests.chart.programs import MANIFESTS, Helm, Object, by_key, kustomize, wit
 
 HELM_ONLY = ("helm.sh/chart", "helm.sh/resource-policy", "app.kubernetes.io/managed-by", "app.kubernetes.io/version")
 """What tells helm which objects are its own."""
+EVERY_MONITOR = [
+    f"monitoring.{part}.enabled=true"
+    for part in ("serviceMonitor", "enginePodMonitor", "gatewayPodMonitor", "prometheusRule", "dashboard")
+]
 BINDING = "ValidatingAdmissionPolicyBinding"
 NAMESPACE = ("Namespace", "", "secure-vllm-operator")
 """`helm install --create-namespace` makes it; the labels of Pod Security are in the manifests."""
@@ -46,16 +50,11 @@ VARIANTS = {
     "one namespace": ("install-namespaced", (), ["admission.enabled=false", "watchNamespace=llm"]),
     "with admission": ("install", ("admission",), []),
     "one namespace with admission": ("install-namespaced", ("admission-namespaced",), ["watchNamespace=llm"]),
-    "with everything": (
-        "install",
-        ("admission", "monitoring"),
-        [
-            "monitoring.serviceMonitor.enabled=true",
-            "monitoring.enginePodMonitor.enabled=true",
-            "monitoring.gatewayPodMonitor.enabled=true",
-            "monitoring.prometheusRule.enabled=true",
-            "monitoring.dashboard.enabled=true",
-        ],
+    "with everything": ("install", ("admission", "monitoring"), EVERY_MONITOR),
+    "one namespace with everything": (
+        "install-namespaced",
+        ("admission-namespaced", "monitoring-namespaced"),
+        ["watchNamespace=llm", *EVERY_MONITOR],
     ),
 }
 
@@ -86,6 +85,24 @@ def test_the_component_for_one_namespace_narrows_its_own_bindings_and_nobody_els
     assert bindings.pop("of-the-platform") is None
     assert len(bindings) == 3
     assert all(scope == narrow for scope in bindings.values())
+
+
+def test_the_monitoring_for_one_namespace_narrows_its_own_monitors_and_nobody_elses(tmp_path: Path) -> None:
+    theirs = {
+        "apiVersion": "monitoring.coreos.com/v1",
+        "kind": "PodMonitor",
+        "metadata": {"name": "of-the-platform", "namespace": "monitoring"},
+        "spec": {"namespaceSelector": {"any": True}, "selector": {}, "podMetricsEndpoints": [{"port": "metrics"}]},
+    }
+    (tmp_path / "theirs.yaml").write_text(yaml.safe_dump(theirs), encoding="utf-8")
+    built = build(tmp_path, "install-namespaced", "monitoring-namespaced", beside=("theirs.yaml",))
+    scopes = {name: obj["spec"].get("namespaceSelector") for (kind, _, name), obj in built.items() if "Monitor" in kind}
+    assert scopes == {
+        "of-the-platform": {"any": True},
+        "secure-vllm-operator-engines": {"matchNames": ["llm"]},
+        "secure-vllm-operator-gateways": {"matchNames": ["llm"]},
+        "secure-vllm-operator": None,  # the ServiceMonitor: the operator's own namespace
+    }
 
 
 def documented(folder: Path) -> list[Object]:

@@ -713,7 +713,7 @@ def test_no_login_is_named(tmp_path: Path) -> None:
     path.write_text("{}", encoding="utf-8")
     result = run("check", "--namespace", "x", "--kubeconfig", str(path))
     assert result.exit_code == 2
-    assert "cannot be used" in result.stderr
+    assert f"--kubeconfig {path} cannot be used: Expected key current-context" in result.stderr
 
 
 def test_json_has_what_the_text_has() -> None:

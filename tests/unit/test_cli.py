@@ -109,6 +109,14 @@ def test_wrong_input_is_named(text: str, told: str) -> None:
     assert told in result.stderr
 
 
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "binary"
+    path.write_bytes(b"\xff\xfe\x00")
+    result = run("render", "-f", str(path))
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert f"{path} is not YAML" in result.stderr
+
+
 def test_a_bad_resource_does_not_hide_the_good_one() -> None:
     good = SAMPLE.read_text(encoding="utf-8")
     bad = yaml.safe_load(good)

@@ -428,14 +428,35 @@ async def test_the_ambient_kubeconfig_is_never_used(tmp_path: Path, monkeypatch:
         await Login(service_account=tmp_path).load()
 
 
-@pytest.mark.parametrize("content", [None, "", "a: [", "{}"])
-async def test_a_kubeconfig_that_cannot_be_used_is_named(tmp_path: Path, content: str | None) -> None:
+@pytest.mark.parametrize(
+    ("content", "wrong"),
+    [
+        (None, "no such file or directory"),
+        (b"", "it holds nothing"),
+        (b"# nothing\n", "it holds nothing"),
+        (b"a:\n- s3cret: [\n", "it is not YAML from line 3 on"),
+        (b"\xff\xfe\x00", "it is not a text file"),
+        (b"s3cret", "it holds a text, and a kubeconfig begins with apiVersion: v1 and kind: Config"),
+        (b"- s3cret", "it holds a list, and"),
+        (b"{}", "Expected key current-context"),
+        (b"current-context: c\ncontexts: [s3cret]\n", "contexts list to have 'name' key"),
+        (b"current-context: c\ncontexts: [{name: c, context: s3cret}]\n", "it is not formed as a kubeconfig"),
+    ],
+)
+async def test_a_kubeconfig_that_cannot_be_used_is_named_with_what_is_wrong(
+    tmp_path: Path, content: bytes | None, wrong: str
+) -> None:
     path = tmp_path / "broken"
     if content is not None:
-        path.write_text(content, encoding="utf-8")
+        path.write_bytes(content)
 
-    with pytest.raises(OperatorError, match=f"--kubeconfig {path} cannot be used"):
+    with pytest.raises(OperatorError) as told:
         await Login(path).load()
+    assert str(told.value).startswith(f"--kubeconfig {path} cannot be used: ")
+    assert wrong in str(told.value)
+    assert "kubectl --kubeconfig FILE get namespaces" in str(told.value)
+    # What is in the file stays in it: there could be a token in any place.
+    assert "s3cret" not in str(told.value)
 
 
 async def test_proxies_of_the_environment_are_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,7 +21,7 @@ import pytest
 from e2e import images as project
 from e2e import reach
 from e2e.cluster import ClusterError, network, nodes, packages
-from e2e.cluster.binaries import CONTROL_PLANE, NODE_PROGRAMS, PROGRAMS
+from e2e.cluster.binaries import CONTROL_PLANE, NODE_PROGRAMS, PROGRAMS, PROMETHEUS_OPERATOR, Component
 from e2e.cluster.images import Image, Layer
 from e2e.cluster.node import Node
 from securevllm.context import Context
@@ -95,9 +95,12 @@ def test_every_program_belongs_to_the_control_plane_or_to_nodes() -> None:
     assert not set(CONTROL_PLANE) & set(NODE_PROGRAMS)
 
 
-@pytest.mark.parametrize("name", PROGRAMS)
-def test_every_program_s_module_requires_its_version(name: str) -> None:
-    component = PROGRAMS[name].component
+@pytest.mark.parametrize(
+    "component",
+    dict.fromkeys([*(what.component for what in PROGRAMS.values()), PROMETHEUS_OPERATOR]),
+    ids=lambda component: component.name,
+)
+def test_every_component_s_module_requires_its_version(component: Component) -> None:
     text = (Path(network.__file__).parent / component.module / "go.mod").read_text(encoding="utf-8")
     assert component.source.startswith("securevllm.io/") or f"{component.source} v{component.version}" in text
 

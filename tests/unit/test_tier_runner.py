@@ -173,3 +173,17 @@ def test_coverage_is_not_measured_over_half_of_the_tests(
     result = runner._coverage(tiers[1], {"unit": runner.Result(passed=1, failures=["test_a"])})
     assert "did not" in result.missing
     assert (result.passed, result.failed) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    "before", [{}, {"api": runner.Result(passed=1, failures=["test_a"])}], ids=["not run", "failed"]
+)
+def test_rights_are_not_judged_by_half_of_the_tests(before: dict[str, runner.Result]) -> None:
+    result = runner._rights(runner.Tier("rights", ""), before)
+    assert "did not run through" in result.missing
+
+
+def test_rights_without_an_audit_log_are_not_judged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runner, "OUTPUT", tmp_path)
+    result = runner._rights(runner.Tier("rights", ""), {"api": runner.Result(passed=1)})
+    assert "no audit log" in result.missing
