@@ -91,12 +91,12 @@ def test_every_right_is_used_and_none_is_missing(
         assert bool(children(kube, elsewhere)) is not bool(arguments)
 
     rights = granted(installed)
-    asked = [
+    events = [
         event
         for event in by_operators(lab.cluster)
         if event["user"]["username"] == user and event["requestReceivedTimestamp"] >= since
     ]
-    needed = used(asked)
+    needed = used(events)
     assert needed - rights == set()
     assert needed & NEVER_ASKED.keys() == set()
     assert rights - needed - NOT_ALWAYS_ASKED.keys() == NEVER_ASKED.keys()
