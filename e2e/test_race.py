@@ -41,6 +41,7 @@ WITHHELD_SECONDS = 5.0
 UNMEASURED = {"verification": {"mode": "Disabled"}}
 """The operator's canary pods listen on the engines' ports: nobody may but the tests' own controls."""
 ENGINES = 50
+SCANNER_CPU = "500m"
 MIN_ROUNDS = 5
 MIN_TRIES = 20
 READY_SECONDS = 900.0
@@ -94,7 +95,12 @@ def lane(kubectl: Kubectl, nodes: list[str]) -> Iterator[Range]:
     with ExitStack() as stack:
         namespace = stack.enter_context(new_namespace(kubectl, "race"))
         other = stack.enter_context(new_namespace(kubectl, "other"))
-        scanners = start_pods(kubectl, [(namespace, "scanner", nodes[0]), (other, "scanner", nodes[1])])
+        scanners = start_pods(
+            kubectl,
+            [(namespace, "scanner", nodes[0]), (other, "scanner", nodes[1])],
+            # Fifty engines that start leave a pod without a request nothing for ten seconds and more.
+            cpu=SCANNER_CPU,
+        )
         ranges = [
             item["spec"]["podCIDR"] for item in kubectl.get("nodes")["items"] if item["metadata"]["name"] in nodes
         ]
