@@ -35,8 +35,9 @@ OPEN, REFUSED, SILENT, UNREACHABLE, UNKNOWN_NAME = "open", "refused", "silent", 
 _AT_ONCE = 1000
 _LISTEN_STATE = "0A"
 
-_OFTEN, _SELDOM = 0.02, 0.25
-"""Seconds between two tries of a target, of those that are named and of the others; more on a machine that is busy."""
+_OFTEN, _SELDOM = 0.05, 1.0
+"""Seconds between two tries of a target, of those that are named and of the others; more on a busy machine. Scanners
+that never rest leave a machine of two processors no time for the API server."""
 _PATIENCE = 0.3
 """Seconds that an attempt of a watch has: many are under way to the same target."""
 _CHUNK = 128
@@ -240,7 +241,7 @@ def watch(targets: Sequence[str], _seconds: float) -> dict[str, object]:
             for line in lines:
                 watching.name(line.decode())
         watching.turn()
-        time.sleep(0.001)
+        time.sleep(0.005)
 
 
 def listening() -> list[tuple[str, int]]:

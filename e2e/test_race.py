@@ -1,7 +1,7 @@
 """Between the moment when a pod exists and the one when its policies are enforced, no engine can be reached.
 
 A scanner connects to every address that a pod can get, again and again, from before the first pod exists; and from the
-moment that a pod has one to that, fifty times a second, with many attempts under way at once. Cilium programs a pod
+moment that a pod has one to that, twenty times a second, with many attempts under way at once. Cilium programs a pod
 before it starts; an engine that is late, or none at all, is an agent that was told to enforce nothing.
 """
 
@@ -41,6 +41,7 @@ WITHHELD_SECONDS = 5.0
 UNMEASURED = {"verification": {"mode": "Disabled"}}
 """The operator's canary pods listen on the engines' ports: nobody may but the tests' own controls."""
 ENGINES = 50
+SCANNER_CPU = "500m"
 MIN_ROUNDS = 5
 MIN_TRIES = 20
 READY_SECONDS = 900.0
@@ -94,7 +95,12 @@ def lane(kubectl: Kubectl, nodes: list[str]) -> Iterator[Range]:
     with ExitStack() as stack:
         namespace = stack.enter_context(new_namespace(kubectl, "race"))
         other = stack.enter_context(new_namespace(kubectl, "other"))
-        scanners = start_pods(kubectl, [(namespace, "scanner", nodes[0]), (other, "scanner", nodes[1])])
+        scanners = start_pods(
+            kubectl,
+            [(namespace, "scanner", nodes[0]), (other, "scanner", nodes[1])],
+            # Fifty engines that start leave a pod without a request nothing for ten seconds and more.
+            cpu=SCANNER_CPU,
+        )
         ranges = [
             item["spec"]["podCIDR"] for item in kubectl.get("nodes")["items"] if item["metadata"]["name"] in nodes
         ]

@@ -236,6 +236,7 @@ def start_pods(
     port: int = PORT,
     host_network: bool = False,
     labels: Mapping[str, str] | None = None,
+    cpu: str = "",
 ) -> list[Pod]:
     """Start pods, each given as namespace, name and node, and return them when all are ready.
 
@@ -246,10 +247,13 @@ def start_pods(
         port: On which they listen.
         host_network: Whether they share the network of their node.
         labels: More labels.
+        cpu: What each asks for; without it, it gets what all others leave.
     """
     pods = [_pod(*one, port, labels or {}) for one in wanted]
     for pod in pods:
         pod["spec"]["hostNetwork"] = host_network
+        if cpu:
+            pod["spec"]["containers"][0]["resources"] = {"requests": {"cpu": cpu}}
     kubectl("apply", "--filename=-", stdin=_list(pods))
     return [_ready_pod(kubectl, namespace, name, wait) for namespace, name, _ in wanted]
 
