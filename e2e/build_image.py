@@ -70,7 +70,7 @@ def build() -> str:
         raise ClusterError(reason)
     name = images.operator_name()
     engine = next(filter(_answers, ENGINES), None)
-    made_of = hashlib.sha256(f"{name} {engine or _with_buildah.__name__} {_inputs(engine)}".encode()).hexdigest()
+    made_of = hashlib.sha256(f"{name} {engine or 'buildah'} {_inputs(engine)}".encode()).hexdigest()
     told = ARCHIVE.with_suffix(".sha256")
     with locked(ARCHIVE.with_suffix(".lock")):
         if ARCHIVE.exists() and told.exists() and told.read_text(encoding="ascii") == made_of:
@@ -131,13 +131,14 @@ def _with_buildah(name: str) -> None:
         _run([*buildah, "push", "--quiet", name, f"docker-archive:{ARCHIVE}:{name}"])
 
 
+def copied() -> list[str]:
+    """Name what the Dockerfile takes from this repository."""
+    return re.findall(r"^COPY (?!--)(\S+) ", images.DOCKERFILE.read_text(encoding="utf-8"), re.MULTILINE)
+
+
 def _inputs(engine: str | None) -> str:
     """All that the image's content depends on, as far as it is on this machine."""
-    paths = [images.DOCKERFILE, Path(__file__)]
-    paths += [
-        images.ROOT / path
-        for path in (".dockerignore", "operator/securevllm", "requirements/operator.lock", "tools/image_root.py")
-    ]
+    paths = [images.DOCKERFILE, Path(__file__), *(images.ROOT / path for path in copied())]
     layers = [] if engine else [layer.file.name for name in base_names() for layer in base(name).layers]
     return f"{python_root.sources('inputs', {str(path): path for path in paths}).key} {layers}"
 
