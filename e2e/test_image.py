@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from email.parser import HeaderParser
 from functools import cached_property
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import pytest
 import yaml
@@ -140,7 +140,7 @@ class Archive:
                     yield layer
 
 
-def _member(archive: tarfile.TarFile, name: str | tarfile.TarInfo) -> Any:
+def _member(archive: tarfile.TarFile, name: str | tarfile.TarInfo) -> IO[bytes]:
     file = archive.extractfile(name)
     assert file is not None
     return file

@@ -48,9 +48,9 @@ def main() -> None:
     root = Path(sys.argv[1])
     root.mkdir()
     root.chmod(0o755)
-    for folder in ("/bin", "/lib", "/lib64"):  # as the base has them: links into /usr, or folders
-        if Path(folder).is_symlink():
-            (root / folder[1:]).symlink_to(Path(folder).readlink())
+    for name in ("/bin", "/lib", "/lib64"):  # as the base has them: links into /usr, or folders
+        if Path(name).is_symlink():
+            (root / name[1:]).symlink_to(Path(name).readlink())
     shutil.copytree(_LIBRARY, _below(root, _LIBRARY), symlinks=True, ignore=_NOT_COPIED)
     for folder in (PACKAGES, APPLICATION):
         shutil.copytree(folder, _below(root, folder), ignore=shutil.ignore_patterns("__pycache__"))
@@ -183,7 +183,7 @@ def _distributions() -> list[dict[str, Any]]:
     found = []
     for one in importlib.metadata.distributions(path=[str(PACKAGES)]):
         name = re.sub(r"[-_.]+", "-", one.name).lower()
-        expression = one.metadata.get("License-Expression") or "NOASSERTION"
+        expression = one.metadata["License-Expression"] if "License-Expression" in one.metadata else "NOASSERTION"
         found.append(_entry("python", name, one.version, f"pypi/{name}@{quote(one.version)}", expression))
     return sorted(found, key=lambda entry: str(entry["name"]))
 
