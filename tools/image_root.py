@@ -183,7 +183,7 @@ def _distributions() -> list[dict[str, Any]]:
     found = []
     for one in importlib.metadata.distributions(path=[str(PACKAGES)]):
         name = re.sub(r"[-_.]+", "-", one.name).lower()
-        expression = one.metadata["License-Expression"] if "License-Expression" in one.metadata else "NOASSERTION"
+        [expression, *_] = one.metadata.get_all("License-Expression") or ["NOASSERTION"]
         found.append(_entry("python", name, one.version, f"pypi/{name}@{quote(one.version)}", expression))
     return sorted(found, key=lambda entry: str(entry["name"]))
 
