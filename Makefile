@@ -93,12 +93,13 @@ e2e-soak: setup ## 200 seeded incidents for two operators on a control plane of 
 	  $(BIN)/python -m pytest --quiet tests/api/test_chaos.py
 
 .PHONY: image
-image: setup ## the operator's image from its Dockerfile, in build/operator-image.tar (docker, podman, or buildah as root)
+image: setup ## the operator's image from its Dockerfile, in build/operator-image.tar (docker, podman, or buildah and debootstrap as root)
 	@$(BIN)/python -m e2e.build_image
 
 .PHONY: e2e-deps
 e2e-deps: setup ## build and install what a cluster with nodes needs (Linux, root; about 25 minutes, once)
 	@$(BIN)/python -m e2e.cluster deps
+	@$(BIN)/python -c 'import sys; from e2e.build_image import main, missing; print(missing()) if missing() else sys.exit(main())'
 
 .PHONY: clean
 clean: ## remove .venv, build/ and caches of this folder; the Kubernetes programs stay in the user's cache

@@ -1,13 +1,16 @@
 """`make image`: build the operator's image from its Dockerfile, and keep it as a docker-archive in build/.
 
-With docker or podman where one answers. Otherwise with buildah as root, which needs no engine; no registry is asked
-then: a stand-in for the base image is made first, this machine's Python with pip and a shell. What pip is told on this
-machine (an index, certificates) is mounted for the build and does not get into the image.
+With docker or podman where one answers. Otherwise with buildah as root on Debian, which needs no engine; no registry is
+asked then: an image under the base image's name is made first, Debian by debootstrap with this machine's Python and pip
+in /usr/local, and kept in the cache. What pip is told on this machine (an index, certificates) is mounted for the build
+and does not get into the image. What was built from the same files is not built again.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -21,8 +24,12 @@ import pip
 from e2e import images
 from e2e.cluster import ClusterError, python_root
 from e2e.cluster.images import Image, Layer
+from e2e.cluster.packages import SYSTEM_PATH
+from e2e.cluster.paths import locked
 
 _RESOLVER = Path("/etc/resolv.conf")
+# What is not in Debian's smallest system and in every image of Python.
+_INCLUDED = ("ca-certificates", "netbase", "tzdata")
 ENGINES = ("docker", "podman")
 ARCHIVE = images.ROOT / "build" / "operator-image.tar"
 
@@ -43,52 +50,70 @@ def main() -> int:
 
 def missing() -> str:
     """Why nothing here can build an image; empty: something can."""
-    if any(map(_answers, ENGINES)) or (shutil.which("buildah") and os.geteuid() == 0):
+    if any(map(_answers, ENGINES)):
         return ""
-    return "no docker or podman answers, and buildah (as root) is not there: apt-get install buildah"
+    if os.geteuid() != 0 or not shutil.which("dpkg-query", path=SYSTEM_PATH):
+        return "no docker or podman answers; without one the image is built as root on Debian only"
+    lacking = [program for program in ("buildah", "debootstrap") if not shutil.which(program, path=SYSTEM_PATH)]
+    if not lacking:
+        return ""
+    return f"no docker or podman answers, and not everything else is there: apt-get install {' '.join(lacking)}"
 
 
-def build(name: str = "") -> str:
-    """Build the image, write the archive and return the image's name.
-
-    Args:
-        name: Of the image; that of `manifests/install` without one.
+def build() -> str:
+    """Build the image unless the archive is of these files, write the archive and return the image's name.
 
     Raises:
         ClusterError: Nothing here can build it, or it does not build.
     """
     if reason := missing():
         raise ClusterError(reason)
-    name = name or images.operator_name()
-    ARCHIVE.parent.mkdir(exist_ok=True)
-    ARCHIVE.unlink(missing_ok=True)
+    name = images.operator_name()
     engine = next(filter(_answers, ENGINES), None)
-    if engine:
-        _run([engine, "build", f"--file={images.DOCKERFILE}", f"--tag={name}", str(images.ROOT)])
-        _run([engine, "save", f"--output={ARCHIVE}", name])
-    else:
-        _with_buildah(name)
+    made_of = hashlib.sha256(f"{name} {engine or 'buildah'} {_inputs(engine)}".encode()).hexdigest()
+    told = ARCHIVE.with_suffix(".sha256")
+    with locked(ARCHIVE.with_suffix(".lock")):
+        if ARCHIVE.exists() and told.exists() and told.read_text(encoding="ascii") == made_of:
+            return name
+        for path in (told, ARCHIVE):
+            path.unlink(missing_ok=True)
+        if engine:
+            _run([engine, "build", f"--file={images.DOCKERFILE}", f"--tag={name}", str(images.ROOT)])
+            _run([engine, "save", f"--output={ARCHIVE}", name])
+        else:
+            _with_buildah(name)
+        told.write_text(made_of, encoding="ascii")
     return name
 
 
 def base(name: str) -> Image:
-    """A stand-in for the base image of this name: a Python that pip and the commands of `RUN` work in."""
+    """Debian with Python and pip in /usr/local, under the name of the base image."""
+    codename = platform.freedesktop_os_release().get("VERSION_CODENAME", "")
 
     def fill(root: Path) -> None:
-        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        packages = root / "usr/local/lib" / version / "site-packages"
+        with tempfile.TemporaryDirectory() as scratch:
+            python_root.copy_interpreter(Path(scratch))
+            owners = {path: _owner(path) for path in python_root.libraries(Path(scratch))}
+        included = ",".join(sorted({*_INCLUDED, *filter(None, owners.values())}))
+        command = ["debootstrap", "--variant=minbase", f"--include={included}", codename, str(root), _mirror(codename)]
+        _run(command)
+        for folder in ("dev", "var/cache/apt/archives", "var/lib/apt/lists"):
+            shutil.rmtree(root / folder)
+            (root / folder).mkdir()
+        python_root.copy_interpreter(root)
+        for path in (path for path, owner in owners.items() if not owner):  # Python's own
+            shutil.copy2(path, root / "usr/local/lib")
+        _run(["ldconfig", "-r", str(root)])
+        packages = root / "usr/local/lib" / f"python{sys.version_info.major}.{sys.version_info.minor}/site-packages"
         shutil.copytree(Path(pip.__file__).parent, packages / "pip", ignore=shutil.ignore_patterns("__pycache__"))
-        for path, content in {"usr/local/bin/pip": _PIP, "etc/pip.conf": ""}.items():
-            (root / path).parent.mkdir(parents=True, exist_ok=True)
-            (root / path).write_text(content, encoding="ascii")
-            (root / path).chmod(0o755)
-        (root / "bin").mkdir()
-        for program in ("sh", "rm"):
-            shutil.copy2(Path("/bin", program).resolve(), root / "bin" / program)
-        python_root.add_libraries(root)
-        python_root.compile_all(root)
+        program = root / "usr/local/bin/pip"
+        program.write_text(_PIP, encoding="ascii")
+        program.chmod(0o755)
+        (root / "etc/pip.conf").touch()
+        python_root.compile_all(root / "usr/local")
 
-    return Image(name, (python_root.interpreter(), Layer("pip", f"{sys.version} {pip.__version__}", fill)))
+    key = f"{codename} {_INCLUDED} {sys.version} {pip.__version__}"
+    return Image(name, (Layer("debian-with-python", key, fill, as_it_is=True),))
 
 
 def _with_buildah(name: str) -> None:
@@ -96,7 +121,7 @@ def _with_buildah(name: str) -> None:
         folder = Path(scratch)
         # A store of its own: nothing is left on the machine. chroot: no runtime, no cgroups, no network set-up.
         buildah = ["buildah", f"--root={folder / 'store'}", f"--runroot={folder / 'run'}", "--storage-driver=vfs"]
-        for needed in _base_names():
+        for needed in base_names():
             with (folder / "base.tar").open("wb") as file:
                 base(needed).write(file)
             _run([*buildah, "pull", "--quiet", f"docker-archive:{folder / 'base.tar'}"])
@@ -106,7 +131,38 @@ def _with_buildah(name: str) -> None:
         _run([*buildah, "push", "--quiet", name, f"docker-archive:{ARCHIVE}:{name}"])
 
 
-def _base_names() -> list[str]:
+def copied() -> list[str]:
+    """Name what the Dockerfile takes from this repository."""
+    return re.findall(r"^COPY (?!--)(\S+) ", images.DOCKERFILE.read_text(encoding="utf-8"), re.MULTILINE)
+
+
+def _inputs(engine: str | None) -> str:
+    """All that the image's content depends on, as far as it is on this machine."""
+    paths = [images.DOCKERFILE, Path(__file__), *(images.ROOT / path for path in copied())]
+    layers = [] if engine else [layer.file.name for name in base_names() for layer in base(name).layers]
+    return f"{python_root.sources('inputs', {str(path): path for path in paths}).key} {layers}"
+
+
+def _owner(path: Path) -> str:
+    """Name the Debian package that a file is of; empty: none."""
+    # Packages name some by /lib, where they are in /usr/lib.
+    for name in (str(path), str(path).removeprefix("/usr")):
+        found = subprocess.run(["dpkg-query", "--search", name], capture_output=True, text=True, check=False)  # noqa: S607
+        if found.returncode == 0:
+            return found.stdout.partition(":")[0]
+    return ""
+
+
+def _mirror(codename: str) -> str:
+    """Where this machine has its packages of Debian from."""
+    wanted = ["apt-get", "indextargets", "--format", "$(CODENAME) $(COMPONENT) $(REPO_URI)", "Created-By: Packages"]
+    listed = subprocess.run(wanted, capture_output=True, text=True, check=False).stdout.splitlines()
+    found = next((line.split()[2] for line in listed if line.startswith(f"{codename} main ")), None)
+    return found or "https://deb.debian.org/debian"
+
+
+def base_names() -> list[str]:
+    """Name the images that the Dockerfile is built on."""
     return re.findall(r"^ARG PYTHON=(\S+)$", images.DOCKERFILE.read_text(encoding="utf-8"), re.MULTILINE)
 
 
@@ -130,7 +186,10 @@ def _answers(engine: str) -> bool:
 
 
 def _run(command: Sequence[str]) -> None:
-    result = subprocess.run(command, check=False)
+    # In a namespace of its own: what is mounted goes with the program, whatever becomes of it.
+    apart = ["unshare", "--mount"] if os.geteuid() == 0 and command[0] not in ENGINES else []
+    environment = os.environ | {"PATH": f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}"}
+    result = subprocess.run([*apart, *command], check=False, env=environment, stdin=subprocess.DEVNULL)
     if result.returncode != 0:
         raise ClusterError(f"`{' '.join(command)}` failed (exit code {result.returncode})")
 

@@ -47,11 +47,13 @@ class Layer:
         name: For people, and in the name of the cached file.
         key: All that its content depends on.
         fill: Writes the content into an empty folder.
+        as_it_is: Keep owners and modes, setuid bits too.
     """
 
     name: str
     key: str
     fill: Callable[[Path], None]
+    as_it_is: bool = False
 
     @property
     def file(self) -> Path:
@@ -77,7 +79,7 @@ class Layer:
             self.fill(root)
             with tarfile.open(partial, "w", format=tarfile.GNU_FORMAT) as archive:
                 for path in sorted(root.iterdir()):
-                    archive.add(path, path.name, filter=_without_history)
+                    archive.add(path, path.name, filter=None if self.as_it_is else _without_history)
             partial.rename(self.file)
         with self.file.open("rb") as file:
             digest.write_text(hashlib.file_digest(file, "sha256").hexdigest(), encoding="ascii")
@@ -106,6 +108,10 @@ class Image:
         """Return what names this image and no other: SHA-256 of its name, configuration and layers."""
         return hashlib.sha256(self.name.encode() + self._configuration()).hexdigest()
 
+    def _environment(self) -> list[str]:
+        own: list[str] = self.config.get("Env", [])
+        return own if any(one.startswith("PATH=") for one in own) else [_PATH, *own]
+
     def _digests(self) -> list[str]:
         return [layer.prepare(_silent) for layer in self.layers]
 
@@ -115,7 +121,7 @@ class Image:
                 "architecture": {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()],
                 "os": "linux",
                 "created": _EPOCH,
-                "config": {"WorkingDir": "/", **self.config, "Env": [_PATH, *self.config.get("Env", ())]},
+                "config": {"WorkingDir": "/", **self.config, "Env": self._environment()},
                 "rootfs": {"type": "layers", "diff_ids": [f"sha256:{digest}" for digest in self._digests()]},
                 "history": [{"created": _EPOCH, "created_by": layer.name} for layer in self.layers],
             },

@@ -124,6 +124,14 @@ def sources(name: str, files: Mapping[str, Path | str]) -> Layer:
 
 def add_libraries(root: Path) -> None:
     """Copy the shared libraries that the programs and libraries below `root` need and that are not there."""
+    for name, source in _libraries(root).items():
+        target = root / name.lstrip("/")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, target)
+
+
+def _libraries(root: Path) -> dict[str, Path]:
+    """Return path in the image -> file on this machine."""
     needed: dict[str, Path] = {}
     files = list(_elf_files(root))
     # A wheel's own libraries find each other through the module that loads them.
@@ -137,10 +145,7 @@ def add_libraries(root: Path) -> None:
             if not source.is_relative_to(root.resolve()):
                 # The loader is named by its path; the others are looked for where the loader looks first.
                 needed[found if not name else f"/lib/{platform.machine()}-linux-gnu/{Path(name).name}"] = source
-    for name, source in needed.items():
-        target = root / name.lstrip("/")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(source, target)
+    return needed
 
 
 def compile_all(root: Path) -> None:
@@ -161,16 +166,31 @@ def compile_below(root: Path, place: str) -> bool:
     )
 
 
-def _fill_interpreter(root: Path) -> None:
+def copy_interpreter(root: Path) -> None:
+    """Copy Python and its standard library to `/usr/local`, without what they load."""
     prefix = Path(sys.base_prefix)
-    for folder in ("usr/local/bin", "etc", "proc", "sys", "dev", APPLICATION.lstrip("/")):
-        (root / folder).mkdir(parents=True)
-    (root / "tmp").mkdir()
-    (root / "tmp").chmod(0o1777)
+    (root / "usr/local/bin").mkdir(parents=True, exist_ok=True)
     shutil.copytree(prefix / "lib" / _VERSION, root / _LIBRARY, symlinks=True, ignore=_NOT_COPIED)
     shutil.copy2((prefix / "bin" / _VERSION).resolve(), root / "usr/local/bin" / _VERSION)
     for alias in ("python", "python3"):
         (root / "usr/local/bin" / alias).symlink_to(_VERSION)
+
+
+def libraries(root: Path) -> set[Path]:
+    """Return where this machine has the shared libraries that the programs and libraries below `root` load.
+
+    Raises:
+        ClusterError: One is not on this machine.
+    """
+    return set(_libraries(root).values())
+
+
+def _fill_interpreter(root: Path) -> None:
+    for folder in ("etc", "proc", "sys", "dev", APPLICATION.lstrip("/")):
+        (root / folder).mkdir(parents=True)
+    (root / "tmp").mkdir()
+    (root / "tmp").chmod(0o1777)
+    copy_interpreter(root)
     for name, content in _FILES.items():
         (root / name).write_text(content, encoding="utf-8")
     certificates = Path("/etc/ssl/certs/ca-certificates.crt")

@@ -188,7 +188,7 @@ def test_an_image_is_a_docker_archive_with_its_name_layers_and_configuration() -
 
 def test_the_operator_s_image_is_configured_by_its_dockerfile() -> None:
     assert project.dockerfile_config(project.DOCKERFILE) == {
-        "Env": ["PYTHONPATH=/app:/packages", "PYTHONUNBUFFERED=1"],
+        "Env": ["PATH=/usr/local/bin", "PYTHONPATH=/app:/packages", "PYTHONUNBUFFERED=1"],
         "User": "65532:65532",
         "Entrypoint": ["python", "-m", "securevllm"],
         "Cmd": ["run"],

@@ -1,0 +1,69 @@
+"""What `make image` asks of a machine, and what it knows of the Dockerfile."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from e2e import build_image, images
+
+
+def test_the_build_gets_the_files_that_the_dockerfile_copies_and_no_others() -> None:
+    lines = (images.ROOT / ".dockerignore").read_text(encoding="utf-8").splitlines()
+    assert "*" in lines
+    assert {line[1:] for line in lines if line.startswith("!")} == {*build_image.copied()}
+
+
+def test_the_base_is_given_by_one_argument() -> None:
+    assert len(build_image.base_names()) == 1
+    stages = [line for line in images.DOCKERFILE.read_text(encoding="utf-8").splitlines() if line.startswith("FROM")]
+    assert stages == ["FROM ${PYTHON} AS root", "FROM scratch"]
+
+
+@pytest.fixture
+def programs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Give the only folder in which programs are."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(build_image, "SYSTEM_PATH", str(tmp_path))
+    monkeypatch.setattr("os.geteuid", lambda: 0)
+    return tmp_path
+
+
+def put(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).write_text("#!/bin/sh\nexit 1\n", encoding="ascii")
+        (folder / name).chmod(0o755)
+
+
+def test_what_is_missing_is_named(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "as root on Debian only" in build_image.missing()
+    put(programs, "dpkg-query", "docker")  # a docker that does not answer
+    assert build_image.missing().endswith(": apt-get install buildah debootstrap")
+    put(programs, "buildah")
+    assert build_image.missing().endswith(": apt-get install debootstrap")
+    put(programs, "debootstrap")
+    assert build_image.missing() == ""
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert "as root on Debian only" in build_image.missing()
+
+
+def test_the_same_files_are_not_built_again(programs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    put(programs, "dpkg-query", "buildah", "debootstrap")
+    archive = tmp_path / "image.tar"
+    monkeypatch.setattr(build_image, "ARCHIVE", archive)
+    monkeypatch.setattr(images, "operator_name", lambda: "operator:1")
+    built: list[str] = []
+
+    def build(name: str) -> None:
+        built.append(name)
+        archive.write_text("", encoding="ascii")
+
+    monkeypatch.setattr(build_image, "_with_buildah", build)
+    assert [build_image.build(), build_image.build()] == ["operator:1", "operator:1"]
+    assert built == ["operator:1"]
+    monkeypatch.setattr(build_image, "_inputs", lambda _engine: "other files")
+    build_image.build()
+    archive.unlink()
+    build_image.build()
+    assert len(built) == 3
