@@ -95,7 +95,7 @@ def base(name: str) -> Image:
             python_root.copy_interpreter(Path(scratch))
             owners = {path: _owner(path) for path in python_root.libraries(Path(scratch))}
         included = ",".join(sorted({*_INCLUDED, *filter(None, owners.values())}))
-        command = ["debootstrap", "--variant=minbase", f"--include={included}", codename, str(root), _mirror(codename)]
+        command = ["debootstrap", "--variant=minbase", f"--include={included}", codename, str(root), *_mirror(codename)]
         _run(command)
         for folder in ("dev", "var/cache/apt/archives", "var/lib/apt/lists"):
             shutil.rmtree(root / folder)
@@ -153,12 +153,11 @@ def _owner(path: Path) -> str:
     return ""
 
 
-def _mirror(codename: str) -> str:
-    """Where this machine has its packages of Debian from."""
+def _mirror(codename: str) -> list[str]:
+    """Where this machine has its packages of Debian from; nothing: debootstrap knows one."""
     wanted = ["apt-get", "indextargets", "--format", "$(CODENAME) $(COMPONENT) $(REPO_URI)", "Created-By: Packages"]
     listed = subprocess.run(wanted, capture_output=True, text=True, check=False).stdout.splitlines()
-    found = next((line.split()[2] for line in listed if line.startswith(f"{codename} main ")), None)
-    return found or "https://deb.debian.org/debian"
+    return [line.split()[2] for line in listed if line.startswith(f"{codename} main ")][:1]
 
 
 def base_names() -> list[str]:
