@@ -34,6 +34,7 @@ from e2e.workload import (
     OPERATOR,
     PORT,
     Pod,
+    addresses,
     apply,
     new_namespace,
     pods_of,
@@ -308,7 +309,7 @@ def test_an_operator_that_is_cut_off_from_the_pods_does_not_go_on_calling_them_i
     incident = "the operator is cut off from the pods"
     gateway = pods_of(scene.kubectl, scene.namespace, "gateway")[0]["status"]["podIP"]
     operators = [
-        Pod(scene.kubectl, OPERATOR, pod["metadata"]["name"], pod["status"]["podIP"])
+        Pod(scene.kubectl, OPERATOR, pod["metadata"]["name"], addresses(pod))
         for pod in scene.kubectl.get(f"--namespace={OPERATOR}", "pods")["items"]
     ]
 
