@@ -238,7 +238,7 @@ def watch(targets: Sequence[str], _seconds: float) -> dict[str, object]:
                 watching.finish()
                 return watching.told()
             *lines, rest = (rest + said).split(b"\n")
-            for line in lines:
+            for line in filter(None, lines):  # an empty one keeps the connection
                 watching.name(line.decode())
         watching.turn()
         time.sleep(0.005)

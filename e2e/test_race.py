@@ -121,6 +121,9 @@ def scanning(scanner: Pod, targets: Iterable[str], named: Naming | None = None) 
     command = [str(program()), f"--kubeconfig={scanner.kubectl.kubeconfig}", *scanner.exec_arguments("--stdin")]
     command += ["--", "python", "-m", "reach", "--watch", *targets]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        ending = threading.Event()
+        awake = threading.Thread(target=_keep_awake, args=(process, ending))
+        awake.start()
         try:
             if named is not None:
                 named.listeners.append(process)
@@ -128,11 +131,26 @@ def scanning(scanner: Pod, targets: Iterable[str], named: Naming | None = None) 
         finally:
             if named is not None:
                 named.listeners.remove(process)
+            ending.set()
+            awake.join()
             said, _ = process.communicate(timeout=300)
     found = json.loads(said)
     scan.rounds, scan.seconds, scan.opened = found["rounds"], found["seconds"], found["open"]
     scan.attempts, scan.named, scan.fewest = found["attempts"], found["named"], found["fewest"]
     scan.gaps = tuple(found["gaps"])
+
+
+def _keep_awake(process: subprocess.Popen[str], ending: threading.Event) -> None:
+    """Say something now and then: kubectl gives up a connection a minute after the last line of its standard input."""
+    while not ending.wait(10):
+        _say(process, "\n")
+
+
+def _say(process: subprocess.Popen[str], text: str) -> None:
+    with suppress(OSError, ValueError):  # it has ended
+        assert process.stdin
+        process.stdin.write(text)
+        process.stdin.flush()
 
 
 @dataclass
@@ -157,10 +175,7 @@ class Naming:
         self.pods.setdefault(address, set()).add(f"{namespace}/{name}")
         if new and namespace == self.namespace and address != "<none>":
             for process in [*self.listeners]:
-                with suppress(OSError, ValueError):  # it has ended
-                    assert process.stdin
-                    process.stdin.write("".join(f"{address}:{port}\n" for port in self.ports))
-                    process.stdin.flush()
+                _say(process, "".join(f"{address}:{port}\n" for port in self.ports))
 
 
 @contextmanager
