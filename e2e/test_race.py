@@ -1,8 +1,8 @@
 """Between the moment when a pod exists and the one when its policies are enforced, no engine can be reached.
 
 A scanner connects to every address that a pod can get, again and again, from before the first pod exists; and from the
-moment that a pod has one to that, twenty times a second, with many attempts under way at once. Cilium programs a pod
-before it starts; an engine that is late, or none at all, is an agent that was told to enforce nothing.
+moment that a pod has one, of either family, to that, twenty times a second, with many attempts under way at once. Cilium
+programs a pod before it starts; an engine that is late, or none at all, is an agent that was told to enforce nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,18 @@ from e2e.cluster.kubectl import program
 from e2e.conftest import ARTEFACTS
 from e2e.enforcement import can_be_withheld, withheld
 from e2e.reach import OPEN
-from e2e.workload import Pod, apply, engines_of, new_namespace, start_pods, started, until, until_resource_ready
+from e2e.workload import (
+    Pod,
+    addresses,
+    apply,
+    at,
+    engines_of,
+    new_namespace,
+    start_pods,
+    started,
+    until,
+    until_resource_ready,
+)
 from securevllm.render import canary
 from securevllm.render.meta import COMPONENT
 
@@ -81,7 +92,7 @@ class Scan:
 
 @dataclass(frozen=True)
 class Range:
-    """Two scanners, and every address that a pod can get."""
+    """Two scanners, and every IPv4 address that a pod can get; of the other family there are too many to try."""
 
     kubectl: Kubectl
     namespace: str
@@ -104,8 +115,8 @@ def lane(kubectl: Kubectl, nodes: list[str]) -> Iterator[Range]:
         ranges = [
             item["spec"]["podCIDR"] for item in kubectl.get("nodes")["items"] if item["metadata"]["name"] in nodes
         ]
-        addresses = tuple(str(address) for text in ranges for address in ipaddress.ip_network(text).hosts())
-        yield Range(kubectl, namespace, tuple(scanners), addresses)
+        every = tuple(str(address) for text in ranges for address in ipaddress.ip_network(text).hosts())
+        yield Range(kubectl, namespace, tuple(scanners), every)
 
 
 @contextmanager
@@ -175,13 +186,13 @@ class Naming:
         self.pods.setdefault(address, set()).add(f"{namespace}/{name}")
         if new and namespace == self.namespace and address != "<none>":
             for process in [*self.listeners]:
-                _say(process, "".join(f"{address}:{port}\n" for port in self.ports))
+                _say(process, "".join(f"{at(address, port)}\n" for port in self.ports))
 
 
 @contextmanager
 def census(kubectl: Kubectl, namespace: str) -> Iterator[Naming]:
     """Every address that a pod of the cluster has while the block runs; those of a namespace are told to scanners."""
-    columns = "custom-columns=IP:.status.podIP,NAMESPACE:.metadata.namespace,NAME:.metadata.name"
+    columns = "custom-columns=IPS:.status.podIPs[*].ip,NAMESPACE:.metadata.namespace,NAME:.metadata.name"
     command = [str(program()), f"--kubeconfig={kubectl.kubeconfig}", "get", "pods", "--all-namespaces", "--watch"]
     naming = Naming(namespace, (API, EVENTS))
     with subprocess.Popen(
@@ -190,7 +201,9 @@ def census(kubectl: Kubectl, namespace: str) -> Iterator[Naming]:
 
         def read() -> None:
             for line in process.stdout or ():
-                naming.see(*line.split())
+                listed, namespace, name = line.split()
+                for address in listed.split(","):
+                    naming.see(address, namespace, name)
 
         thread = threading.Thread(target=read)
         thread.start()
@@ -207,10 +220,10 @@ def unexplained(lane: Range, scan: Scan, control: Iterable[Pod], pods: dict[str,
     Left out are canary pods of the operator, which listen to everybody and end by themselves, and other namespaces:
     where policies are withheld, they are from everybody.
     """
-    reached = {target: pods.get(target.rpartition(":")[0], set()) for target in scan.opened or ()}
-    for pod in control:
-        assert f"{pod.ip}:{API}" in reached, "a control was not reached: the scan would have seen nothing"
-        del reached[f"{pod.ip}:{API}"]
+    reached = {target: pods.get(target.rpartition(":")[0].strip("[]"), set()) for target in scan.opened or ()}
+    for target in (at(ip, API) for pod in control for ip in pod.ips):
+        assert target in reached, "a control was not reached: the scan would have seen nothing"
+        del reached[target]
 
     def counts(name: str) -> bool:
         return name.startswith(f"{lane.namespace}/") and "-canary-" not in name
@@ -236,7 +249,7 @@ def engines(lane: Range, name: str) -> list[dict[str, Any]]:
 
 def addresses_of(pods: Iterable[dict[str, Any]]) -> set[str]:
     """Where they are, or were given an address."""
-    return {pod["status"]["podIP"] for pod in pods if pod["status"].get("podIP")}
+    return {addresses(pod)[0] for pod in pods if addresses(pod)}
 
 
 def note(name: str, text: str) -> None:
@@ -362,7 +375,7 @@ def test_no_scanner_reaches_an_engine_from_the_moment_it_exists(lane: Range, nod
     assert addresses_of(there) <= set(lane.addresses)
     for scan in (near, far):
         assert scan.rounds >= MIN_ROUNDS, "between its looks a scanner may have missed a window"
-        assert scan.named >= 2 * ENGINES
+        assert scan.named >= 2 * ENGINES * len(beside.ips), "each family"
         assert scan.fewest >= MIN_TRIES, "an engine was hardly looked at"
         assert unexplained(lane, scan, control, named.pods) == {}
     note(
