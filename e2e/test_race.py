@@ -2,7 +2,8 @@
 
 A scanner connects to every address that a pod can get, again and again, from before the first pod exists; and from the
 moment that a pod has one, of either family, to that, twenty times a second, with many attempts under way at once.
-Cilium programs a pod before it starts; an engine that is late, or none at all, is an agent that was told to enforce nothing.
+Cilium programs a pod before it starts; an engine that is late, or none at all, is an agent that was told to enforce
+nothing.
 """
 
 from __future__ import annotations
