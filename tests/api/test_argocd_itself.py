@@ -149,15 +149,18 @@ def model(name: str = "llama", **spec: Any) -> KubeObject:
 
 def test_it_ends_in_the_same_objects_as_helm(world: World) -> None:
     by_helm = dict(world.by_helm)
-    # Argo CD leaves Leases out (resource.exclusions of its installation): the operator makes its own.
+    # Argo CD leaves Leases out by default, so its example does; the operator makes its own.
     (lease,) = [where for where in by_helm if "/leases/" in where]
     del by_helm[lease]
+    assert world.kube.request("GET", lease)["spec"]["holderIdentity"]
     for where, obj in by_helm.items():
         ended = live(world.kube, obj)
         tracked = ended["metadata"].get("annotations", {}).get(TRACKING, "")
         assert tracked.startswith(f"{OPERATOR}:") or obj["kind"] == "Namespace", where
         assert without_labels(ended, [TRACKING]) == obj, where
-    found = world.argo.synced(OPERATOR)["status"]["resources"]
+    application = world.argo.synced(OPERATOR)
+    assert "conditions" not in application["status"]  # no warning
+    found = application["status"]["resources"]
     assert len(found) == len(by_helm) - 1  # the namespace is none of them
     assert all(item["status"] == "Synced" for item in found)
 
