@@ -128,7 +128,8 @@ ARGO_CD = Component(
     "argocd",
     "github.com/argoproj/argo-cd/v3",
     stamps=(("github.com/argoproj/argo-cd/v3/common.version", ARGO_CD_VERSION),),
-    shared=(("install.yaml", "manifests/install.yaml"),),
+    # What people install, and a script of the image that the repo-server looks for on PATH.
+    shared=(("install.yaml", "manifests/install.yaml"), ("git-verify-wrapper.sh", "hack/git-verify-wrapper.sh")),
     toolchain="go1.27.3",
 )
 

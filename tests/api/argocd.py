@@ -126,6 +126,12 @@ class ArgoCD:
         command = [str(KUBECTL), *where, "apply", "-n", NAMESPACE, "--server-side", "--force-conflicts", "-f", "-"]
         done = subprocess.run(command, check=False, capture_output=True, text=True, input="\n---\n".join(kept))  # noqa: S603
         assert done.returncode == 0, done.stderr
+        eventually(self._served, 30)
+
+    def _served(self) -> bool:
+        """Whether the API server knows the new kinds; until then it says 404."""
+        kinds = ("applications", "applicationsets", "appprojects")
+        return all(self.kube.request("GET", f"/apis/argoproj.io/v1alpha1/{kind}") for kind in kinds)
 
     @contextmanager
     def _running(self, name: str, arguments: list[str], port: int) -> Iterator[None]:
@@ -165,6 +171,9 @@ class ArgoCD:
         for name, target in (("helm", self._helm.program), (ARGOCD, self._program)):
             if not (folder / name).exists():
                 (folder / name).symlink_to(target)
+        script = folder / "git-verify-wrapper.sh"
+        script.write_bytes((ARGO_CD.folder / script.name).read_bytes())
+        script.chmod(0o755)
         return folder
 
 
