@@ -87,6 +87,11 @@ e2e-vllm: setup ## the real vLLM with a tiny model and no GPU, as processes and 
 	@$(BIN)/python -c 'import sys; from e2e.real_vllm.packages import missing; sys.exit(missing() or None)'
 	@$(BIN)/python tools/test_tiers.py vllm
 
+.PHONY: e2e-argocd
+e2e-argocd: setup ## Argo CD itself, which follows docs/install.md and syncs models from Git; up to an hour of building, once
+	@$(BIN)/python -m e2e.cluster argocd
+	@$(BIN)/python -m pytest --quiet tests/api/test_argocd_itself.py tests/chart/test_argocd.py
+
 .PHONY: e2e-soak
 e2e-soak: setup ## 200 seeded incidents for two operators on a control plane of their own; ROUNDS=20 SEED=7 repeats shorter
 	@SVLLM_CHAOS_ROUNDS=$(or $(ROUNDS),200) SVLLM_CHAOS_SEED=$(or $(SEED),$$(date +%s)) \

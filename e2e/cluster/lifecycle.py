@@ -196,7 +196,7 @@ def running(
     """
     name = name or f"svllm-{os.getpid()}-{secrets.token_hex(3)}"
     backstop = partial(stop, name)
-    with _signals_raise():
+    with signals_raise():
         cluster = start(name, owner=os.getpid(), progress=progress, node_count=node_count, cni=cni)
         atexit.register(backstop)  # for a block that is never left: a generator that nobody closes, a second Ctrl-C
         try:
@@ -439,7 +439,7 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 @contextmanager
-def _signals_raise() -> Iterator[None]:
+def signals_raise() -> Iterator[None]:
     """Let SIGTERM and SIGHUP unwind the stack as Ctrl-C does, where the program has no handlers of its own."""
     if threading.current_thread() is not threading.main_thread():
         yield

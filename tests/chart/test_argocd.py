@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from securevllm.api.types import API_VERSION, KIND
 from securevllm.errors import Problem
 from securevllm.render.meta import RESTART_ANNOTATION
 from securevllm.status import conditions, facts
-from tests.argo import ACTIONS, ARGOCD, act, health, kstatus, run
+from tests.argo import ACTIONS, ARGOCD, act, argocd, health, kstatus, run, tool
 from tests.chart.programs import CHART, kustomize
 
 NOW = "2026-11-24T12:00:00Z"
@@ -160,3 +163,39 @@ def test_examples_name_what_is_in_the_repository_and_come_in_order() -> None:
     assert int(first) < int(then)
     for policy in (application["spec"]["syncPolicy"], models["spec"]["template"]["spec"]["syncPolicy"]):
         assert "ServerSideApply=true" in policy["syncOptions"]
+
+
+@pytest.fixture
+def overrides(tmp_path: Path) -> Callable[..., str]:
+    """Argo CD's own tool for what its ConfigMap says of a kind; skips the test where it was not built."""
+    argocd()
+    config, file = tmp_path / "argocd-cm.yaml", tmp_path / "resource.yaml"
+    config.write_text(yaml.safe_dump(kustomize(ARGOCD)[0]), encoding="utf-8")
+
+    def asked(command: str, obj: dict[str, Any], *arguments: str) -> str:
+        file.write_text(yaml.safe_dump({"apiVersion": API_VERSION, "kind": KIND} | obj), encoding="utf-8")
+        settings = ["admin", "settings", "resource-overrides", command, str(file), *arguments]
+        return tool(tmp_path, *settings, "--argocd-cm-path", str(config))
+
+    return asked
+
+
+def test_argo_cd_itself_says_the_same_of_health(overrides: Callable[..., str]) -> None:
+    for name, (obj, _, _) in CASES.items():
+        status, message = health(obj)
+        assert overrides("health", obj) == f"STATUS: {status}\nMESSAGE: {message}\n", name
+
+
+def test_argo_cd_itself_finds_and_runs_the_actions(overrides: Callable[..., str]) -> None:
+    listed = [line.split() for line in overrides("list-actions", resource(SERVING)).splitlines()]
+    assert listed == [["NAME", "DISABLED"], ["restart", "false"], ["verify", "false"]]
+    assert ["restart", "true"] in [
+        line.split() for line in overrides("list-actions", resource(SERVING, suspend=True)).splitlines()
+    ]
+    for action in ("restart", "verify"):
+        printed = overrides("run-action", resource(SERVING), action)
+        changed = [line for line in printed.splitlines() if line.startswith((">", "<"))]
+        assert [line.split()[:2] for line in changed] == [
+            [">", "annotations:"],
+            [">", f"securevllm.io/{action}-at:"],
+        ], printed

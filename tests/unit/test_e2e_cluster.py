@@ -21,7 +21,14 @@ import pytest
 from e2e import images as project
 from e2e import reach
 from e2e.cluster import ClusterError, network, nodes, packages
-from e2e.cluster.binaries import CONTROL_PLANE, NODE_PROGRAMS, PROGRAMS, PROMETHEUS_OPERATOR, Component
+from e2e.cluster.binaries import (
+    ARGO_CD_PROGRAMS,
+    CONTROL_PLANE,
+    NODE_PROGRAMS,
+    PROGRAMS,
+    PROMETHEUS_OPERATOR,
+    Component,
+)
 from e2e.cluster.images import Image, Layer
 from e2e.cluster.node import Node
 from securevllm.context import Context
@@ -90,9 +97,10 @@ def test_only_cilium_brings_an_agent(tmp_path: Path) -> None:
     assert Node("n1", plan, tmp_path, "bridge").daemons == ("containerd", "kubelet", "kube-proxy")
 
 
-def test_every_program_belongs_to_the_control_plane_or_to_nodes() -> None:
-    assert set(CONTROL_PLANE) | set(NODE_PROGRAMS) == set(PROGRAMS)
-    assert not set(CONTROL_PLANE) & set(NODE_PROGRAMS)
+def test_every_program_belongs_to_the_control_plane_or_to_nodes_or_to_argo_cd() -> None:
+    sets = [{*CONTROL_PLANE}, {*NODE_PROGRAMS}, {*ARGO_CD_PROGRAMS}]
+    assert set.union(*sets) == {*PROGRAMS}
+    assert sum(map(len, sets)) == len(PROGRAMS)
 
 
 @pytest.mark.parametrize(
