@@ -132,6 +132,8 @@ def test_the_api_server_takes_the_monitoring_of_the_manifests(
         done = judged(cluster, monitoring)
         assert (done.returncode, done.stderr) == (0, "")
         assert len(done.stdout.splitlines()) == 4
+    # The next test makes one of the same name.
+    kubectl(cluster, "wait", "--for=delete", f"namespace/{NAME}", "--timeout=120s")
 
 
 WRONG: dict[str, list[tuple[tuple[str | int, ...], Any, str]]] = {
