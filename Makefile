@@ -88,7 +88,7 @@ e2e-vllm: setup ## the real vLLM with a tiny model and no GPU, as processes and 
 	@$(BIN)/python tools/test_tiers.py vllm
 
 .PHONY: e2e-argocd
-e2e-argocd: setup ## Argo CD itself, which follows docs/install.md and syncs models from Git; XXX minutes of building, once
+e2e-argocd: setup ## Argo CD itself, which follows docs/install.md and syncs models from Git; up to an hour of building, once
 	@$(BIN)/python -m e2e.cluster argocd
 	@$(BIN)/python -m pytest --quiet tests/api/test_argocd_itself.py tests/chart/test_argocd.py
 

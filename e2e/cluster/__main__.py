@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("load-image", _load_image, "import docker-archive files (docker save, buildah push) into every node"),
         ("build", _build, "build the programs of the control plane now (4 to 10 minutes with empty Go caches, once)"),
         ("deps", _dependencies, "build, install and pack all that nodes need, now (about 25 minutes, once)"),
-        ("argocd", _argo_cd, "build Argo CD for its test, now (XXX minutes with empty Go caches, once)"),
+        ("argocd", _argo_cd, "build Argo CD for its test, now (up to an hour with empty Go caches, once)"),
     ):
         subparser = commands.add_parser(command, help=description, description=description)
         subparser.set_defaults(run=run)

@@ -35,6 +35,8 @@ CONTROLLER = f"system:serviceaccount:{NAMESPACE}:argocd-application-controller"
 """User that syncs."""
 TRACKING = "argocd.argoproj.io/tracking-id"
 """Annotation of everything that an Application syncs."""
+MARKS = (TRACKING, "argocd.argoproj.io/sync-options")
+"""All that it writes beside what is in Git; the second on a namespace that it makes."""
 
 _RUNS_PODS = re.compile(r"^kind: (Deployment|StatefulSet|NetworkPolicy)$", re.MULTILINE)
 
