@@ -13,6 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from e2e.cluster.binaries import ARGO_CD_VERSION
 from securevllm import catalogue
 from securevllm.api import bounds
 from securevllm.api import types as api
@@ -165,6 +166,10 @@ def test_guard_page_shows_bounds_that_are_valid_and_complete() -> None:
     (block,) = re.findall(r"^```yaml\n(images:.*?)^```", text, re.DOTALL | re.MULTILINE)
     shown = bounds.read(yaml.safe_load(block))
     assert shown.model_fields_set == set(bounds.PlatformBounds.model_fields)
+
+
+def test_gitops_page_names_the_argo_cd_that_the_tests_run() -> None:
+    assert f"Seen with Argo CD {ARGO_CD_VERSION} itself" in (DOCS / "gitops.md").read_text(encoding="utf-8")
 
 
 def test_readme_shows_the_quickstart() -> None:
