@@ -111,7 +111,7 @@ class ArgoCD:
         def there() -> KubeObject:
             found = self.refresh(name)
             status = found["status"]
-            told = {key: status.get(key) for key in ("sync", "health", "conditions", "operationState", "resources")}
+            told = {key: status.get(key) for key in ("resources", "conditions", "health", "sync", "operationState")}
             assert status["sync"]["status"] == "Synced", told
             assert revision in {"", status["sync"]["revision"]}, told
             assert status.get("operationState", {}).get("phase") == "Succeeded", told
