@@ -241,6 +241,16 @@ def test_a_member_whose_isolation_lapses_begins_anew() -> None:
     assert meeting.step is Step.UP
 
 
+def test_a_member_that_looks_again_does_not_wait_for_one_that_was_released_and_left() -> None:
+    """On a busy machine DNS is silent for a moment, and meanwhile the others have gone."""
+    meeting, clock = met(Step.RELEASED, answers=False)
+    assert not meeting.advance(isolated=False)
+    clock.now += 60
+    assert not meeting.advance(isolated=True), "its own isolation is looked at anew"
+    clock.now += 3
+    assert meeting.advance(isolated=True)
+
+
 def test_a_pod_of_an_earlier_start_is_no_member(tmp_path: Path) -> None:
     port = free_port()
     with gates() as started:

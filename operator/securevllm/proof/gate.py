@@ -192,7 +192,12 @@ class Meeting:
         )
 
     def _all(self, step: Step) -> bool:
-        return all(seen.answers and seen.hello and seen.hello.step >= step for seen in self.seen.values())
+        # One that was released has seen everybody isolated and may have left: a member that looks again, as its DNS
+        # did not answer for a moment, would wait for it for ever.
+        return all(
+            seen.hello and (seen.hello.step is Step.RELEASED or (seen.answers and seen.hello.step >= step))
+            for seen in self.seen.values()
+        )
 
     @staticmethod
     def _done(seen: Seen, now: float) -> bool:
