@@ -84,9 +84,9 @@ class GroupUser:
         """Do something to it, or nothing."""
         self.dice.choices((lambda _: None, self._change, self._damage, self._break), (6, 3, 3, 1))[0](namespace)
 
-    def cure(self, namespace: str) -> None:
-        """Change the template of the engines, which ends every back-off: another one may be what was missing."""
-        labels = {"example.com/attempt": str(self.dice.randrange(10**6))}
+    def cure(self, namespace: str, attempt: int) -> None:
+        """Change the template of the engines, which ends every back-off. Not by the dice: that it happens is chance."""
+        labels = {"example.com/attempt": str(attempt)}
         self.kube.patch(ref(namespace, self.NAME), {"spec": {"engine": {"labels": labels}}})
 
     def _change(self, namespace: str) -> None:

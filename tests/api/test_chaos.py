@@ -9,6 +9,7 @@ resources. Everything is by the dice; ``make e2e-soak`` takes another seed and m
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import random
@@ -32,6 +33,8 @@ from e2e.cluster.runners import ContainerStart, Launch, Outcome
 from securevllm.api import kinds
 from securevllm.api.kinds import Ref
 from securevllm.cluster import micro_time
+from securevllm.groups import backoff
+from securevllm.render import accepted
 from securevllm.render.meta import DENY_NAME
 from tests.api.audit import now
 from tests.api.children import everything
@@ -223,6 +226,7 @@ class World:
     keys: dict[tuple[str, str], dict[str, str]] = field(default_factory=dict)
     cure_at: float = 0.0
     """When the user loses patience with groups that wait, by the monotonic clock."""
+    cures: int = 0
 
     def act(self) -> None:
         """Somebody uses the cluster."""
@@ -246,12 +250,14 @@ class World:
                 assert self.keys.setdefault(where, data) == data, f"{where} was made twice"
 
     def end_a_long_backoff(self) -> None:
-        """A group that was broken often waits for up to five minutes, as it says; a user does not, once a round."""
-        ready = self.engines_ready()
-        waits = ready["reason"] == "GroupBroken" and "anew at" in ready["message"]
-        if waits and time.monotonic() > self.cure_at:
-            self.cure_at = math.inf
-            GroupUser(self.lab.kube, self.dice).cure(self.grouped)
+        """A user does not wait for a long back-off, as a group has that broke often. Short ones end by themselves."""
+        if time.monotonic() < self.cure_at or self.engines_ready()["reason"] != "GroupBroken":
+            return
+        kept = self.lab.kube.get(Ref(kinds.CONFIG_MAP, self.grouped, f"{GroupUser.NAME}-{accepted.SUFFIX}"))["data"]
+        restarts = max(memory["restarts"] for memory in json.loads(kept["groups.json"]).values())
+        if backoff(restarts) > SHORT_BACKOFF:
+            self.cures, self.cure_at = self.cures + 1, math.inf
+            GroupUser(self.lab.kube, self.dice).cure(self.grouped, self.cures)
 
     def engines_ready(self) -> dict[str, Any]:
         """The condition of that name, of the resource with groups; empty while there is none."""
