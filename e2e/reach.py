@@ -104,7 +104,9 @@ def _end(one: socket.socket, error: int) -> str:
         # With a reset: nobody is left waiting for bytes that never come.
         one.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     one.close()
-    answers = {0: OPEN, errno.ECONNREFUSED: REFUSED, errno.ETIMEDOUT: SILENT}
+    # Linux names only a connection that was there ECONNRESET: it was taken, and ended at once.
+    ended = dict.fromkeys((0, errno.ECONNRESET, errno.EPIPE), OPEN)
+    answers = {**ended, errno.ECONNREFUSED: REFUSED, errno.ETIMEDOUT: SILENT}
     return answers.get(error, UNREACHABLE)
 
 

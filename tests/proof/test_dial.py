@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import errno
 import socket
+import struct
 import threading
 import time
+from pathlib import Path
 
 import pytest
 
 from securevllm.proof import gate
-from securevllm.proof.dial import _afterwards, dial, knock
+from securevllm.proof.dial import _afterwards, _named, dial, has_ipv6, knock
 from securevllm.proof.wire import Forbidden, GateConfig, Reach
 
 HOST = "127.0.0.1"
@@ -38,6 +40,71 @@ def test_a_handshake_that_nobody_had_time_to_look_at_counts() -> None:
         assert _afterwards(one) is Reach.REFUSED
     with socket.socket() as one:  # has no answer
         assert _afterwards(one) is Reach.SILENT
+
+
+def test_a_connection_that_was_taken_and_ended_at_once_was_made() -> None:
+    """A proxy in front of what is not there takes every connection: the network let it through."""
+    with socket.create_server((HOST, 0)) as server:
+        one = begun(server.getsockname()[1])
+        taken = server.accept()[0]
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        taken.close()
+        time.sleep(0.05)
+        with one:
+            assert _afterwards(one) is Reach.OPEN
+
+
+@pytest.mark.parametrize(
+    ("error", "reach"),
+    [
+        (errno.ECONNRESET, Reach.OPEN),
+        (errno.EPIPE, Reach.OPEN),
+        (errno.ECONNREFUSED, Reach.REFUSED),
+        (errno.EACCES, Reach.REFUSED),
+        (errno.ETIMEDOUT, Reach.SILENT),
+        (errno.ENETUNREACH, Reach.NO_ROUTE),
+        (errno.EAFNOSUPPORT, Reach.NO_ROUTE),
+        (errno.EADDRNOTAVAIL, Reach.NO_ATTEMPT),
+        (errno.EMFILE, Reach.NO_ATTEMPT),
+    ],
+)
+def test_what_errors_mean(error: int, reach: Reach) -> None:
+    assert _named(error) is reach
+
+
+def test_an_address_that_cannot_be_used_yet_is_one(tmp_path: Path) -> None:
+    table = tmp_path / "if_inet6"
+    assert not has_ipv6(table)
+    table.write_text("00000000000000000000000000000001 01 80 10 80       lo\n", encoding="ascii")
+    assert not has_ipv6(table)
+    with table.open("a", encoding="ascii") as more:
+        more.write("fe800000000000000000000000000001 02 40 20 c0     eth0\n")
+        assert not has_ipv6(table)
+        more.write("fd000000000000000000000000000007 02 40 00 c0     eth0\n")  # tentative
+    assert has_ipv6(table)
+
+
+def test_a_family_that_could_not_be_tried_holds_the_engine_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    told, ready = list[str](), iter([False, False, True])
+
+    async def two(*_: object) -> tuple[str, ...]:
+        return "192.0.2.1", "2001:db8::1"
+
+    async def knocked(address: str, *_: object, **__: object) -> Reach:
+        return Reach.SILENT if ":" not in address or next(ready) else Reach.NO_ATTEMPT
+
+    monkeypatch.setattr(gate, "addresses", two)
+    monkeypatch.setattr(gate, "knock", knocked)
+    monkeypatch.setattr(gate, "has_ipv6", lambda: True)
+    config = GateConfig("life.", (Forbidden("it", "it.example", "1"),))
+    asyncio.run(asyncio.wait_for(gate.Gate(config, {}, told.append).wait(), 10))
+    assert len(told) == 2
+    assert "whether it (2001:db8::1) can be reached" in told[0]
+    # A pod without IPv6 addresses has nothing there that could be open.
+    monkeypatch.setattr(gate, "has_ipv6", lambda: False)
+    ready = iter([False])
+    asyncio.run(asyncio.wait_for(gate.Gate(config, {}, told.append).wait(), 10))
+    assert len(told) == 2
 
 
 def test_a_process_that_gets_its_turn_late_sees_an_open_port_as_open() -> None:

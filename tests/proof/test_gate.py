@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import signal
 import socket
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -187,14 +189,15 @@ class Clock:
         return self.now
 
 
-def met(step: Step, *, answers: bool = True, at: float = 100.0) -> tuple[Meeting, Clock]:
+def met(step: Step, *, answers: bool = True, at: float = 100.0, instance: str = "i") -> tuple[Meeting, Clock]:
     """The meeting of a member that is released, and of another one that was seen last in a step."""
     clock = Clock()
     meeting = Meeting(Barrier(1, "0", ("a", "b")), 0, "w", clock)
     meeting.seen[1] = Seen(Hello("w", 1, "i", Step.ISOLATED), clock.now, answers=True)
     assert not meeting.advance(isolated=True)
     assert meeting.step is Step.RELEASED
-    meeting.seen[1] = Seen(Hello("w", 1, "i", step), at, answers=answers)
+    seen = meeting.seen[1]
+    seen.hello, seen.at, seen.answers = Hello("w", 1, instance, step), at, answers
     return meeting, clock
 
 
@@ -229,9 +232,17 @@ def test_a_member_that_answers_and_is_not_released_is_waited_for() -> None:
 
 
 def test_a_member_that_began_anew_and_is_silent_is_waited_for() -> None:
-    meeting, clock = met(Step.UP, answers=False)
+    meeting, clock = met(Step.UP, answers=False, instance="another")
     clock.now += 3600
     assert not meeting.advance(isolated=True)
+
+
+def test_a_member_that_looked_again_and_left_is_not_waited_for() -> None:
+    meeting, clock = met(Step.UP, answers=False)
+    clock.now += 14
+    assert not meeting.advance(isolated=True)
+    clock.now += 2
+    assert meeting.advance(isolated=True)
 
 
 def test_a_member_whose_isolation_lapses_begins_anew() -> None:
@@ -241,14 +252,87 @@ def test_a_member_whose_isolation_lapses_begins_anew() -> None:
     assert meeting.step is Step.UP
 
 
-def test_a_member_that_looks_again_does_not_wait_for_one_that_was_released_and_left() -> None:
+@pytest.mark.parametrize("step", [Step.ISOLATED, Step.RELEASED])
+def test_a_member_that_looks_again_does_not_wait_for_one_that_has_left(step: Step) -> None:
     """On a busy machine DNS is silent for a moment, and meanwhile the others have gone."""
-    meeting, clock = met(Step.RELEASED, answers=False)
+    meeting, clock = met(step, answers=False)
     assert not meeting.advance(isolated=False)
     clock.now += 60
     assert not meeting.advance(isolated=True), "its own isolation is looked at anew"
     clock.now += 3
     assert meeting.advance(isolated=True)
+
+
+def test_one_that_was_released_had_seen_this_one_isolated_and_may_have_left() -> None:
+    """It took this member for one that had left: it was silent for long enough."""
+    clock = Clock()
+    meeting = Meeting(Barrier(1, "0", ("a", "b")), 0, "w", clock)
+    meeting.seen[1] = Seen(Hello("w", 1, "i", Step.RELEASED), clock.now - 60)
+    assert not meeting.advance(isolated=True)
+    clock.now += 3
+    assert meeting.advance(isolated=True)
+
+
+@dataclass
+class Member:
+    """A gate in a simulation."""
+
+    meeting: Meeting
+    dice: random.Random
+    blind: list[tuple[float, float]]
+    left: bool = False
+    was_isolated: bool = False
+
+    def look(self, members: list[Member], now: float) -> Iterator[float]:
+        """A round of the gate; gives the seconds until it has an answer, and until the next one.
+
+        While its DNS is silent it sees neither that it is isolated nor the others, and its look takes seconds, in which
+        it still says what it said before.
+        """
+        if any(begin <= now < end for begin, end in self.blind):
+            yield self.dice.uniform(3, 6)
+            self.advance(members, isolated=False)
+        else:
+            for rank, seen in self.meeting.seen.items():
+                seen.answers = not members[rank].left
+                if seen.answers:
+                    seen.hello, seen.at = Hello.read(members[rank].meeting.hello()), now
+            self.advance(members, isolated=True)
+        yield self.dice.uniform(0.25, 2)
+
+    def advance(self, members: list[Member], *, isolated: bool) -> None:
+        """Take it in."""
+        self.left = self.meeting.advance(isolated=isolated)
+        self.was_isolated |= self.meeting.step is not Step.UP
+        assert not self.meeting.met or all(one.was_isolated for one in members), "released before all were isolated"
+
+
+@pytest.mark.parametrize("seed", range(300))
+def test_whenever_dns_is_silent_all_meet_and_all_leave(seed: int) -> None:
+    dice, clock = random.Random(seed), Clock()  # noqa: S311 - no keys
+    names = ("a", "b", "c", "d")[: dice.randint(2, 4)]
+    members = [
+        Member(
+            Meeting(Barrier(1, str(rank), names), rank, "w", clock),
+            dice,
+            [(begin, begin + dice.expovariate(0.2)) for begin in (clock.now + dice.uniform(0, 60) for _ in range(8))],
+        )
+        for rank in range(len(names))
+    ]
+    turns: list[tuple[float, int, Iterator[float]]] = [
+        (clock.now + dice.uniform(0, 30), rank, iter(())) for rank in range(len(names))
+    ]
+    deadline = clock.now + 300
+    while turns:
+        turns.sort(key=lambda turn: turn[0])
+        clock.now, rank, going_on = turns.pop(0)
+        assert clock.now < deadline, [(one.meeting.step, one.left, one.meeting.waits_for()) for one in members]
+        seconds = next(going_on, None)
+        if seconds is None:
+            going_on = members[rank].look(members, clock.now)
+            seconds = next(going_on)
+        if not members[rank].left:
+            turns.append((clock.now + seconds, rank, going_on))
 
 
 def test_a_pod_of_an_earlier_start_is_no_member(tmp_path: Path) -> None:

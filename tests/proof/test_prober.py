@@ -7,6 +7,8 @@ import time
 from datetime import UTC, datetime
 from typing import Any
 
+import pytest
+
 from securevllm.api.kinds import POD
 from securevllm.api.parse import parse
 from securevllm.children import labelled
@@ -207,6 +209,25 @@ async def test_silence_without_a_sign_of_life_renews_nothing_and_is_looked_into(
     cache.pods[labelled(POD, "apps", owner.label)].pop()
     await prober._turn(track, "full")
     assert track.due("complete") == moment, "no gateway is no sign of life either"
+
+
+@pytest.mark.parametrize(("ipv6", "alive"), [(True, False), (False, True)])
+async def test_a_way_out_by_one_family_of_addresses_is_no_sign_of_life_for_the_other(ipv6: bool, alive: bool) -> None:
+    async def dialled(address: str, _port: int, _seconds: float) -> Reach:
+        return Reach.OPEN if address == "10.0.1.1" else Reach.SILENT
+
+    owner, cache = Owner("llama", "apps", "uid-1"), Cache()
+    door = engine(owner, 1, "10.0.1.1")
+    door["metadata"]["labels"] = owner.pod_labels("gateway")
+    door["status"]["podIPs"].append({"ip": "fd00::1"})
+    cache.pods[labelled(POD, "apps", owner.label)] = [engine(owner, 0, "10.0.0.1"), door]
+    # Without an address of its own the operator lets gateways listen on IPv4 only.
+    context = Context(ipv6=ipv6)
+    prober = Prober(
+        None, cache, None, context, now=lambda: datetime.now(UTC), monotonic=time.monotonic,  # type: ignore[arg-type]
+        changed=lambda _who: None, observer=Observer(), others=no_others, dial=dialled,
+    )  # fmt: skip
+    assert (await prober.look(subject(owner), "cheap")).alive is alive
 
 
 async def test_a_complete_round_of_a_large_resource_says_nothing_before_its_last_part_but_a_breach() -> None:

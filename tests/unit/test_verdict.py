@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from securevllm.proof.verdict import Asked, Control, Proof, Question, Round, Sample, Vantage, judge, merged
+from securevllm.proof.verdict import Asked, Control, Question, Round, Sample, Vantage, judge, merged
 from securevllm.proof.wire import Reach
 
 OPERATOR, CANARY = Vantage.OPERATOR, Vantage.CANARY
@@ -74,6 +74,18 @@ TABLE: dict[str, tuple[Round, str, str, str]] = {
         "False",
         "EngineReachable",
         "from a canary pod of the same namespace",
+    ),
+    "a port of a gateway is no engine's": (
+        replace(GOOD, samples=(*GOOD.samples, replace(OPENED, pod="llama-gateway-0", port=9903, gateway=True))),
+        "False",
+        "GatewayReachable",
+        "the network does not enforce the NetworkPolicies. No engine was reached.",
+    ),
+    "an engine counts more than a gateway": (
+        replace(GOOD, samples=(OPENED, replace(OPENED, pod="llama-gateway-0", port=9903, gateway=True))),
+        "False",
+        "EngineReachable",
+        "llama-0 port 8000 (api) from the operator can be reached",
     ),
     "reachable needs no control": (Round(samples=(OPENED,), targets=1), "False", "EngineReachable", "llama-0"),
     "reachable although nothing else could be measured": (
@@ -188,7 +200,8 @@ def test_a_long_list_is_cut() -> None:
 def test_unknown_is_no_breach() -> None:
     statuses = {case: judge(row[0], None).status for case, row in TABLE.items()}
     assert set(statuses.values()) == {"True", "False", "Unknown"}
-    assert Proof("Unknown", "NoControl", "").status != "False"
+    breached = {proof.reason for proof in (judge(row[0], None) for row in TABLE.values()) if proof.breached}
+    assert breached == {"EngineReachable", "ForbiddenRouteOpen"}, "statistics of a gateway expose no engine"
 
 
 def test_parts_of_a_round_are_judged_as_one_each_with_its_own_controls() -> None:

@@ -14,17 +14,19 @@ import ipaddress
 import socket
 import struct
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Self
 
 from securevllm.proof.wire import BLOCKED, Reach
 
 _LINGER_RESET = struct.pack("ii", 1, 0)
 
-# What a rejected packet makes of a connect: ICMP port unreachable, host unreachable or prohibited; EPERM and EACCES
-# come from a filter on the own machine.
-_REFUSALS = frozenset(
-    {errno.ECONNREFUSED, errno.ECONNRESET, errno.EHOSTUNREACH, errno.EPERM, errno.EACCES, errno.ECONNABORTED}
-)
+# What a rejected packet makes of a connect: a reset (Linux calls it ECONNREFUSED), ICMP port unreachable, host
+# unreachable or prohibited; EPERM and EACCES come from a filter on the own machine.
+_REFUSALS = frozenset({errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.EPERM, errno.EACCES, errno.ECONNABORTED})
+# Only after a handshake: a proxy that takes every connection and ends it at once.
+_ENDED = frozenset({errno.ECONNRESET, errno.EPIPE})
+_NO_ROUTES = frozenset({errno.ENETUNREACH, errno.EAFNOSUPPORT})
 
 
 async def dial(address: str, port: int, seconds: float) -> Reach:
@@ -60,11 +62,22 @@ def _afterwards(connection: socket.socket) -> Reach:
 
 
 def _named(error: int | None) -> Reach:
+    if error in _ENDED:
+        return Reach.OPEN
     if error in _REFUSALS:
         return Reach.REFUSED
     if error == errno.ETIMEDOUT:
         return Reach.SILENT
-    return Reach.NO_ROUTE if error == errno.ENETUNREACH else Reach.NO_ATTEMPT
+    return Reach.NO_ROUTE if error in _NO_ROUTES else Reach.NO_ATTEMPT
+
+
+def has_ipv6(table: Path = Path("/proc/net/if_inet6")) -> bool:
+    """Whether this machine has an IPv6 address that others may reach, also one that cannot be used yet."""
+    try:
+        rows = [line.split() for line in table.read_text(encoding="ascii").splitlines()]
+    except FileNotFoundError:  # a kernel without it
+        return False
+    return any(scope == "00" for _, _, _, scope, *_ in rows)
 
 
 async def knock(address: str, port: int, *, tries: int, every: float, seconds: float) -> Reach:

@@ -15,7 +15,7 @@ from securevllm.proof.held import held
 from securevllm.proof.prober import Gateways, Subject, Who
 from securevllm.proof.report import age
 from securevllm.proof.targets import requests
-from securevllm.proof.verdict import Proof
+from securevllm.proof.verdict import REACHABLE, Proof
 from securevllm.render import gateway
 from securevllm.render.meta import VERIFY_ANNOTATION, digest
 from securevllm.topology import Role
@@ -34,7 +34,7 @@ _TELL_AGAIN = timedelta(hours=1)
 write for nothing. The fresh time is a metric."""
 _KEPT = timedelta(hours=2)
 """How long the verdict of an earlier leader holds for one that has not measured yet."""
-_MEASURED = frozenset({"Measured", "EngineReachable", "ForbiddenRouteOpen"})
+_MEASURED = REACHABLE | {"Measured", "ForbiddenRouteOpen"}
 
 
 class Follows(Protocol):

@@ -26,10 +26,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from enum import IntEnum
+from enum import Enum, IntEnum
 from pathlib import Path
 
-from securevllm.proof.dial import Listener, accepting, addresses, dial, greeting, knock
+from securevllm.proof.dial import Listener, accepting, addresses, dial, greeting, has_ipv6, knock
 from securevllm.proof.wire import (
     BLOCKED,
     GATE_VARIABLE,
@@ -62,7 +62,8 @@ _PAUSE_PART = 0.05
 look are shorter than a released member lingers."""
 
 _LINGER_SECONDS = 3.0
-"""A released member answers for longer than the others pause between two looks, so that each sees it released."""
+"""A released member answers for longer than the others pause between two looks, as long as DNS is quick: each sees it
+released then, and waits no longer."""
 _GONE_SECONDS = 15.0
 """After that long, a member that was isolated and is silent has left: everybody was seen isolated together."""
 
@@ -112,12 +113,14 @@ class Seen:
         at: when.
         answers: in the last look.
         problem: why not.
+        met: the instance that was isolated when this member was first released.
     """
 
     hello: Hello | None = None
     at: float = 0.0
     answers: bool = False
     problem: str = "it has not answered yet"
+    met: str = ""
 
 
 @dataclass
@@ -130,6 +133,7 @@ class Meeting:
         world: of this start.
         clock: monotonic seconds.
         step: how far this member is.
+        met: it was released once: it has seen everybody isolated, and the others may have left since.
     """
 
     barrier: Barrier
@@ -139,6 +143,7 @@ class Meeting:
     step: Step = Step.UP
     instance: str = field(default_factory=lambda: secrets.token_hex(4))
     seen: dict[int, Seen] = field(init=False)
+    met: bool = False
     _released_at: float = 0.0
 
     def __post_init__(self) -> None:
@@ -185,6 +190,10 @@ class Meeting:
             self.step = Step.ISOLATED
         if self.step is Step.ISOLATED and self._all(Step.ISOLATED):
             self.step, self._released_at = Step.RELEASED, now
+            if not self.met:
+                self.met = True
+                for seen in self.seen.values():
+                    seen.met = seen.hello.instance if seen.hello else ""
         return (
             self.step is Step.RELEASED
             and now - self._released_at >= _LINGER_SECONDS
@@ -192,9 +201,9 @@ class Meeting:
         )
 
     def _all(self, step: Step) -> bool:
-        # One that was released has seen everybody isolated and may have left: a member that looks again, as its DNS
-        # did not answer for a moment, would wait for it for ever.
-        return all(
+        # One that was released, this member or another, has seen everybody isolated: whoever looks again, as its DNS
+        # did not answer for a moment, would otherwise wait for ever for those who have left meanwhile.
+        return self.met or all(
             seen.hello and (seen.hello.step is Step.RELEASED or (seen.answers and seen.hello.step >= step))
             for seen in self.seen.values()
         )
@@ -205,7 +214,8 @@ class Meeting:
             return False
         if seen.hello.step is Step.RELEASED:
             return True  # whether it still answers or has left
-        return not seen.answers and seen.hello.step is Step.ISOLATED and now - seen.at >= _GONE_SECONDS
+        # One that began anew has not met the others, and needs this one.
+        return not seen.answers and seen.hello.instance == seen.met and now - seen.at >= _GONE_SECONDS
 
     def waits_for(self) -> str:
         """What keeps this member, for a person; empty: nothing."""
@@ -218,6 +228,17 @@ class Meeting:
         if told:
             return "the group is not complete: " + "; ".join(told)
         return "" if self.step is Step.RELEASED else "the other members have not all seen this one yet"
+
+
+class Look(Enum):
+    """What came of a target."""
+
+    REACHED = "reached"
+    BLOCKED = "blocked"
+    NOT_TRIED = "not tried"
+    """Something of this pod's own stood in the way: the next look may tell."""
+    NOTHING = "nothing"
+    """It cannot be measured with here."""
 
 
 class Gate:
@@ -275,14 +296,16 @@ class Gate:
         if not self._config.isolation:
             return ""
         results = await asyncio.gather(*(self._look(target) for target in self._config.forbidden))
-        reached = [told for verdict, told in results if verdict is True]
-        if reached:
+        by = {look: [told for seen, told in results if seen is look] for look in Look}
+        if reached := by[Look.REACHED]:
             return (
                 f"{', '.join(reached)} can be reached, and no policy allows it: NetworkPolicies are not enforced for"
                 " this pod (yet). If it stays, install a network plugin that enforces them, such as Cilium or Calico"
             )
-        if not any(verdict is False for verdict, _ in results):
-            return f"nothing to measure with: {'; '.join(told for _, told in results) or 'no target was given'}"
+        if untried := by[Look.NOT_TRIED]:
+            return f"nobody knows whether {', '.join(untried)} can be reached: this pod could not even try (yet)"
+        if not by[Look.BLOCKED]:
+            return f"nothing to measure with: {'; '.join(by[Look.NOTHING]) or 'no target was given'}"
         return await self._dead()  # it was silent all that time, and the network was there all that time
 
     async def _dead(self) -> str:
@@ -297,26 +320,24 @@ class Gate:
             )
         return ""
 
-    async def _look(self, target: Forbidden) -> tuple[bool | None, str]:
-        """Whether a target was reached; None: it says nothing. And what to tell."""
+    async def _look(self, target: Forbidden) -> tuple[Look, str]:
+        """Try to reach a target: what came of it, and what to tell."""
         host, port = self._expanded(target.host), self._expanded(target.port)
         if not host or not port.isdigit():
-            return None, f"{target.name} is not in the environment"
+            return Look.NOTHING, f"{target.name} is not in the environment"
         try:
             found = await addresses(host, _DNS_SECONDS)
         except OSError:
-            return None, f"{target.name} ({host}) does not resolve"
+            return Look.NOTHING, f"{target.name} ({host}) does not resolve"
         foreign = [address for address in found if address not in self._node]
         reaches = await asyncio.gather(*(self._knock(address, int(port)) for address in foreign))
         tried = dict(zip(foreign, reaches, strict=True))
         opened = [address for address, reach in tried.items() if reach is Reach.OPEN]
         if opened and await self._may_be_own_node(target):
-            return None, f"{target.name} may be on the pod's own node, which no plugin closes"
+            return Look.NOTHING, f"{target.name} may be on the pod's own node, which no plugin closes"
         if opened:
-            return True, f"{target.name} ({opened[0]}:{port})"
-        if any(reach in BLOCKED for reach in tried.values()):
-            return False, target.name
-        return None, f"{target.name} ({host}) has no address to try" if not tried else f"{target.name}: no way there"
+            return Look.REACHED, f"{target.name} ({opened[0]}:{port})"
+        return _unreached(target, host, tried)
 
     async def _knock(self, address: str, port: int) -> Reach:
         seconds = max(self._config.stable_seconds, (_TRIES - 1) * _KNOCK_SECONDS + _LAST_SECONDS)
@@ -330,6 +351,17 @@ class Gate:
 
     def _expanded(self, text: str) -> str:
         return self._environment.get(text[1:], "") if text.startswith("$") else text
+
+
+def _unreached(target: Forbidden, host: str, tried: Mapping[str, Reach]) -> tuple[Look, str]:
+    """What it means that none of these addresses was reached."""
+    # Policies may hold for one family of addresses and not for the other, and an IPv6 address may not be usable yet.
+    for address, reach in tried.items():
+        if reach is Reach.NO_ATTEMPT and (":" not in address or has_ipv6()):
+            return Look.NOT_TRIED, f"{target.name} ({address})"
+    if any(reach in BLOCKED for reach in tried.values()):
+        return Look.BLOCKED, target.name
+    return Look.NOTHING, f"{target.name} ({host}) has no {'way to it' if tried else 'address to try'}"
 
 
 def pause(waited: float) -> float:
@@ -378,7 +410,8 @@ def main(arguments: list[str]) -> int:
     """``securevllm gate [JSON]``; the configuration is otherwise in ``$SECUREVLLM_GATE``.
 
     Returns:
-        Exit code: 0 the engine may start, 2 the configuration is wrong; a signal ends it with 128 + its number.
+        Exit code: 0 the engine may start, 1 the barrier's port is taken, 2 the configuration is wrong; a signal ends it
+        with 128 + its number.
     """
     text = arguments[0] if arguments else os.environ.get(GATE_VARIABLE, "")
     try:

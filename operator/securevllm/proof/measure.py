@@ -98,7 +98,7 @@ def sampled(tried: Iterable[tuple[Endpoint, Reach]], vantage: str, after: Iterab
     """
     still = {*after}
     return tuple(
-        Sample(vantage, item.pod, item.node, item.port, item.socket, reach, item in still, item.address)
+        Sample(vantage, item.pod, item.node, item.port, item.socket, reach, item in still, item.address, item.gateway)
         for item, reach in tried
         if reach is Reach.OPEN or reach in BLOCKED
     )

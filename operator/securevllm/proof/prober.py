@@ -47,7 +47,7 @@ from securevllm.proof.targets import (
     one_per_group,
     shut,
 )
-from securevllm.proof.verdict import Control, Proof, Question, Round, Sample, Vantage, judge, merged
+from securevllm.proof.verdict import REACHABLE, Control, Proof, Question, Round, Sample, Vantage, judge, merged
 from securevllm.proof.wire import Reach, Target
 from securevllm.render import canary
 from securevllm.render.meta import ROLE_LABEL
@@ -338,7 +338,7 @@ class Prober:
             after = judge(found, before)
             if before is None and after.reason == "NotMeasured":
                 return  # as before
-            over = after.reason == "EngineReachable" and not any(item.reach is Reach.OPEN for item in found.samples)
+            over = after.reason in REACHABLE and not any(item.reach is Reach.OPEN for item in found.samples)
             if over or (after.status == "True" and not seen.alive):
                 track.changed_at = self._monotonic()  # only a complete round may say so
         if after.status != "Unknown" and (after is not before or (seen.alive and not seen.left)):
@@ -409,10 +409,18 @@ class Prober:
         return Seen(replace(seen, targets=targets, limits=limits), tried=frozenset(chosen), left=left)
 
     async def _alive(self, subject: Subject, number: int) -> bool:
-        """Whether a gateway takes a connection, as it has to: otherwise the silence of engines shows nothing."""
-        pods = [pod for pod in self._pods(subject.owner, Role.GATEWAY) if is_ready(pod)]
-        some = _rotated(sorted(pod["status"]["podIP"] for pod in pods), number, _SIGNS)
-        return Reach.OPEN in await asyncio.gather(*(self._dial(address, subject.gateways.port) for address in some))
+        """Whether gateways take a connection, as they have to: otherwise the silence of engines shows nothing.
+
+        By each family of addresses that they listen on: one way out may be lost, and the other not.
+        """
+        pods = [pod["status"] for pod in self._pods(subject.owner, Role.GATEWAY) if is_ready(pod)]
+        some = _rotated(sorted(pods, key=lambda status: str(status["podIP"])), number, _SIGNS)
+        found = {item["ip"] for status in some for item in status["podIPs"]}
+        families = [{ip for ip in found if ":" not in ip}, {ip for ip in found if ":" in ip and self._context.ipv6}]
+        ways = [
+            asyncio.gather(*(self._dial(ip, subject.gateways.port) for ip in sorted(ips))) for ips in families if ips
+        ]
+        return bool(ways) and all(Reach.OPEN in reaches for reaches in await asyncio.gather(*ways))
 
     async def _complete(self, subject: Subject, found: Sequence[Endpoint]) -> Round:
         if not found:

@@ -17,6 +17,10 @@ from enum import StrEnum
 
 from securevllm.proof.wire import BLOCKED, Reach
 
+_OF_A_GATEWAY = "GatewayReachable"
+REACHABLE = frozenset({"EngineReachable", _OF_A_GATEWAY})
+"""Reasons of verdicts that something was reached that must not be."""
+
 
 class Vantage(StrEnum):
     """From where the operator tries; it needs both. ``securevllm probe`` has others, named in the same way."""
@@ -58,6 +62,7 @@ class Sample:
         reach: how it ended.
         steady: the target was Ready with the same address before and after.
         address: of the pod, that was tried.
+        gateway: the pod is one, and the port one that only declared peers may reach.
     """
 
     vantage: str
@@ -68,6 +73,7 @@ class Sample:
     reach: Reach
     steady: bool = True
     address: str = ""
+    gateway: bool = False
 
     @property
     def attempt(self) -> Attempt:
@@ -170,6 +176,11 @@ class Proof:
     message: str
     verified_at: str = field(default="", compare=False)
 
+    @property
+    def breached(self) -> bool:
+        """Whether an engine is known to be open to others; the statistics of a gateway are none."""
+        return self.status == "False" and self.reason != _OF_A_GATEWAY
+
 
 _SHOWN = 5
 
@@ -212,12 +223,14 @@ def _reached(seen: Round) -> Proof | None:
     )
     if not opened:
         return None
-    told = [f"{item.pod} port {item.port} ({item.socket}) from {item.vantage}" for item in opened]
+    engines = [item for item in opened if not item.gateway]
+    told = [f"{item.pod} port {item.port} ({item.socket}) from {item.vantage}" for item in engines or opened]
     return Proof(
         "False",
-        "EngineReachable",
+        "EngineReachable" if engines else "GatewayReachable",
         f"{_some(told)} can be reached, and no policy allows it: the network does not enforce the NetworkPolicies."
-        " Requests can pass the gateway by. Install a network plugin that enforces them, or look at what it says.",
+        f" {'Requests can pass the gateway by' if engines else 'No engine was reached'}."
+        " Install a network plugin that enforces them, or look at what it says.",
     )
 
 

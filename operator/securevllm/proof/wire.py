@@ -27,9 +27,9 @@ class Reach(StrEnum):
     """How an attempt to connect ended. Against a target that is known to listen, only OPEN is reachable."""
 
     OPEN = "open"
-    """The handshake was completed."""
+    """The handshake was completed, whatever came after it."""
     REFUSED = "refused"
-    """A reset, or an ICMP error: kube-router rejects so, and Linux reports it as ECONNREFUSED."""
+    """A reset for the first packet, or an ICMP error: kube-router rejects so, and Linux reports it as ECONNREFUSED."""
     SILENT = "silent"
     """No answer in time: Cilium and Calico drop."""
     NO_ROUTE = "no route"

@@ -184,7 +184,7 @@ class Facts:
     @property
     def breached(self) -> bool:
         """Whether isolation is known to be broken; what is only not measured is not."""
-        return bool(self.foreign) or (self.proof is not None and self.proof.status == "False")
+        return bool(self.foreign) or (self.proof is not None and self.proof.breached)
 
 
 _STARTING = frozenset({"ContainerCreating", "PodInitializing"})
