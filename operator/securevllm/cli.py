@@ -672,7 +672,7 @@ def _rendered(owner: Any, accepted: Any, metadata: dict[str, Any], context: Any)
 
 def _resources(stream: TextIO) -> Iterator[dict[str, Any]]:
     """The SecureVLLMDeployments of a manifest; anything else is wrong input."""
-    from securevllm.api import types as api  # noqa: PLC0415 - see the module's docstring
+    from securevllm.api import kinds  # noqa: PLC0415 - see the module's docstring
 
     try:
         documents = [document for document in yaml.safe_load_all(stream) if document is not None]
@@ -683,9 +683,8 @@ def _resources(stream: TextIO) -> Iterator[dict[str, Any]]:
     for document in documents:
         if not isinstance(document, dict):
             _wrong(f"{stream.name} holds {type(document).__name__}, not a Kubernetes object")
-        if (document.get("apiVersion"), document.get("kind")) != (api.API_VERSION, api.KIND):
-            found = " ".join(str(document.get(part) or f"(no {part})") for part in ("apiVersion", "kind"))
-            _wrong(f"{stream.name} holds {found}; this command takes {api.API_VERSION} {api.KIND}")
+        if unlike := kinds.unlike_resource(document):
+            _wrong(f"{stream.name} {unlike}")
         for part in ("metadata", "spec"):
             if not isinstance(document.get(part) or {}, dict):
                 _wrong(f"{stream.name}: {part} is {type(document[part]).__name__}, not a mapping")

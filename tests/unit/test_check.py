@@ -602,6 +602,21 @@ def test_what_the_operator_would_refuse_is_bad_input() -> None:
     assert len(report.workloads) == 1
 
 
+@pytest.mark.parametrize(
+    ("version", "kind"),
+    [
+        ("securevllm.io/v1beta1", "SecureVLLMDeployment"),
+        ("securevllm.io/v1alpha1", "SecureVllmDeployment"),
+        ("securevllm/v1alpha1", "SecureVLLMDeployment"),
+    ],
+)
+def test_a_resource_of_another_version_or_a_misspelt_one_is_bad_input(version: str, kind: str) -> None:
+    report = checked(FINE | {"apiVersion": version, "kind": kind})
+    told = f"holds {version} {kind}; this command takes securevllm.io/v1alpha1 SecureVLLMDeployment"
+    assert [item.message for item in report.wrong] == [told]
+    assert report.resources == ()
+
+
 def test_a_policy_that_cannot_be_read_is_bad_input() -> None:
     report = checked(deployment(), policy({"podSelector": {}, "policyTypes": ["ingress"]}))
     (wrong,) = report.wrong

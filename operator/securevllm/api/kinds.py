@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 from urllib.parse import quote
 
-from securevllm.api.types import API_VERSION, KIND
+from securevllm.api.types import API_VERSION, GROUP, KIND
 from securevllm.errors import InternalError
 
 KubeObject: TypeAlias = dict[str, Any]
@@ -164,3 +164,16 @@ def kind_of(obj: Mapping[str, Any]) -> Kind:
         return _BY_NAME[name]
     except KeyError:
         raise InternalError(f"apiVersion {name[0]!r}, kind {name[1]!r} is not in the table of kinds") from None
+
+
+def is_meant_as_resource(obj: Mapping[str, Any]) -> bool:
+    """Whether an object has our group or our kind: perhaps misspelt, but nobody else's."""
+    return obj.get("kind") == KIND or str(obj.get("apiVersion")).partition("/")[0] == GROUP
+
+
+def unlike_resource(obj: Mapping[str, Any]) -> str:
+    """What is said of an object that is no SecureVLLMDeployment of this release; empty: it is one."""
+    if (obj.get("apiVersion"), obj.get("kind")) == (API_VERSION, KIND):
+        return ""
+    found = " ".join(str(obj.get(part) or f"(no {part})") for part in ("apiVersion", "kind"))
+    return f"holds {found}; this command takes {API_VERSION} {KIND}"

@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from securevllm.api import kinds
 from securevllm.api import types as api
 from securevllm.api.bounds import PlatformBounds
 from securevllm.api.parse import parse
@@ -204,7 +205,10 @@ def _resources(
     others = {home: tuple(found) for home, found in foreign.items()}
     accepted, wrong = [], []
     for item in documents:
-        if (item.object["apiVersion"], item.object["kind"]) != (api.API_VERSION, api.KIND):
+        if not kinds.is_meant_as_resource(item.object):
+            continue
+        if unlike := kinds.unlike_resource(item.object):
+            wrong.append(Wrong(item.source, unlike))
             continue
         metadata = item.object.get("metadata") or {}
         owner = Owner(
