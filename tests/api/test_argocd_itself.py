@@ -15,6 +15,7 @@ import yaml
 
 from e2e.cluster import Cluster, running
 from e2e.cluster.hollow import hollow_node
+from securevllm import __version__
 from securevllm.api import kinds
 from securevllm.api.kinds import KubeObject, Ref
 from securevllm.render.meta import DENY_NAME
@@ -101,7 +102,7 @@ def world(helm: Helm, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worl
     checkout, models = Repository(folder / "checkout"), Repository(folder / "models")
     for part in ("charts", "crds", "manifests"):
         shutil.copytree(ROOT / part, checkout.folder / part)
-    checkout.commit({}, tag="v0.1.0")
+    checkout.commit({}, tag=f"v{__version__}")
     models.commit({"models/first/llama.yaml": yaml.safe_dump(model())})
     for name, repository, url in (("operator", checkout, PLATFORM), ("models", models, MODELS)):
         file = checkout.folder / "manifests" / "argocd" / "examples" / f"{name}.yaml"

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from securevllm import __version__
 from securevllm.settings import Settings
 from tests.chart.programs import MANIFESTS, Helm, Object, by_key, kustomize, without_labels
 
@@ -128,7 +129,7 @@ def test_the_kustomization_of_the_page_is_the_chart_with_its_image(helm: Helm, t
         operator["image"],
         *(item["value"] for item in operator["env"] if item["name"].endswith("OPERATOR_IMAGE")),
     }
-    assert images == {"registry.example.com/secure-vllm-operator:0.1.0"}
+    assert images == {f"registry.example.com/secure-vllm-operator:{__version__}"}
 
 
 @pytest.mark.parametrize(("variant", "namespace"), [("install", None), ("install-namespaced", "llm")])

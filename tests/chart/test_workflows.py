@@ -106,10 +106,25 @@ def run(text: str, folder: Path, **env: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, check=False, timeout=120)  # noqa: S603 - ours
 
 
-@pytest.mark.parametrize("tag", ["v9.9.9", "v0.1", "v0.1.00", "0.1.0-rc1", "v.*", "v"])
-def test_a_tag_that_is_not_the_version_is_no_release(tag: str) -> None:
-    assert run(script("CHANGELOG.md"), ROOT, TAG=f"v{__version__}").returncode == 0
-    assert run(script("CHANGELOG.md"), ROOT, TAG=tag).returncode != 0
+@pytest.mark.parametrize(
+    "tag", ["v9.9.9", f"v{__version__}0", f"v{__version__.rpartition('.')[0]}", f"{__version__}-rc1", "v.*", "v"]
+)
+def test_a_tag_that_is_not_the_version_is_no_release(tag: str, tmp_path: Path) -> None:
+    shutil.copytree(CHART, tmp_path / CHART.relative_to(ROOT))
+    (tmp_path / "CHANGELOG.md").write_text(f"## [{__version__}]\n", encoding="utf-8")
+    assert run(script("CHANGELOG.md"), tmp_path, TAG=f"v{__version__}").returncode == 0
+    assert run(script("CHANGELOG.md"), tmp_path, TAG=tag).returncode != 0
+
+
+def test_the_image_is_pushed_under_the_name_that_chart_and_manifests_ask_for(tmp_path: Path) -> None:
+    outputs = tmp_path / "outputs"
+    text = script("GITHUB_OUTPUT")
+    assert run(text, tmp_path, OWNER="Us", TAG=f"v{__version__}", GITHUB_OUTPUT=str(outputs)).returncode == 0
+    assert outputs.read_text(encoding="utf-8").splitlines() == ["owner=us", f"version={__version__}"]
+    (pushed,) = [step["with"]["tags"] for step in steps(RELEASE) if "tags" in step.get("with", {})]
+    name, tag = pushed.rsplit(":", 1)
+    assert name.endswith("/secure-vllm-operator")
+    assert tag == "${{ steps.names.outputs.version }}"
 
 
 def test_a_version_without_an_entry_in_the_changelog_is_no_release(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 from securevllm import __version__
 
@@ -46,10 +47,31 @@ def test_what_is_tested_is_what_the_image_holds() -> None:
     assert _pins("operator.lock").items() <= _pins("dev.lock").items()
 
 
-def test_manifests_and_changelog_are_of_this_version() -> None:
+def test_manifests_and_pages_are_of_this_version() -> None:
     base = yaml.safe_load((ROOT / "manifests" / "base" / "kustomization.yaml").read_text(encoding="utf-8"))
     assert [image["newTag"] for image in base["images"]] == [__version__]
-    assert f"## [{__version__}]" in (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    example = ROOT / "manifests" / "argocd" / "examples" / "operator.yaml"
+    source = yaml.safe_load(example.read_text(encoding="utf-8"))["spec"]["source"]
+    assert source["targetRevision"] == f"v{__version__}", "a tag of the repository, which has the v"
+    pages = [ROOT / "README.md", *(ROOT / "docs").glob("*.md"), ROOT / "operator" / "Dockerfile"]
+    told = {
+        path.name: set(
+            re.findall(r"secure-vllm-operator(?::| --version )(v?\d[\w.]*)", path.read_text(encoding="utf-8"))
+        )
+        for path in pages
+    }
+    assert {"getting-started.md", "install.md", "Dockerfile"} <= {name for name, found in told.items() if found}
+    assert set().union(*told.values()) == {__version__}
+    short = __version__.rpartition(".")[0]
+    assert f"\nVersion {short}, alpha" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_what_is_not_released_has_a_version_of_its_own() -> None:
+    """A node that has an image of that name already would keep it: `imagePullPolicy: IfNotPresent`."""
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    news, last = re.split(r"^## \[(\d[^\]]*)\]", text, flags=re.MULTILINE)[:2]
+    waiting = news.partition("## [Unreleased]")[2].strip()
+    assert Version(__version__) > Version(last) if waiting else __version__ == last
 
 
 def test_both_installations_have_the_same_parts() -> None:
