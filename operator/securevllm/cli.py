@@ -29,6 +29,10 @@ _OUTPUT = click.option(
 _WRONG_INPUT = 2
 _DNS_LABEL = re.compile(r"[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?")
 _NO_LABEL = "lower-case letters, digits and '-', a letter or digit at both ends, at most 63 characters"
+_NO_UID = "00000000-0000-0000-0000-000000000000"
+_UID = re.compile(r"[A-Za-z0-9]([A-Za-z0-9-]{0,126}[A-Za-z0-9])?")
+_IMAGE = re.compile(r"[\[A-Za-z0-9]\S{0,511}")
+_PORT = click.IntRange(1, 65535)
 _LABEL = re.compile(r"([a-z0-9.-]+/)?[A-Za-z0-9._-]+=[A-Za-z0-9._-]*")
 
 
@@ -50,6 +54,13 @@ def _domain(_context: Any, _option: Any, value: str) -> str:
     return value
 
 
+_KUBECONFIG = click.option(
+    "--kubeconfig",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="How to log in to the cluster.  [default: $KUBECONFIG, then ~/.kube/config; in a pod its service account]",
+)
+"""Of a person's commands; `run` never reads the variable."""
+
 _NAMESPACE = click.option(
     "-n",
     "--namespace",
@@ -58,6 +69,19 @@ _NAMESPACE = click.option(
     callback=_label,
     help="For resources that name none.",
 )
+
+
+def _uid(_context: Any, _option: Any, value: str) -> str:
+    if _UID.fullmatch(value) is None:
+        raise click.BadParameter(f"{value!r} is no UID such as {_NO_UID}")
+    return value
+
+
+def _image(_context: Any, _option: Any, value: str | None) -> str | None:
+    # An empty variable never gets here: click takes it for one that is not set, which is the default.
+    if value is not None and _IMAGE.fullmatch(value) is None:
+        raise click.BadParameter(f"{value!r} is no image such as registry.example.com/team/name:tag")
+    return value
 
 
 def _context_options(command: Any) -> Any:
@@ -100,12 +124,22 @@ def _context_options(command: Any) -> Any:
             help="Address of DNS servers that are no pods (NodeLocal DNSCache: 169.254.20.10/32); repeatable.",
         ),
         click.option(
-            "--dns-port", default=53, show_default=True, help="Port on which they listen, after DNAT (OpenShift: 5353)."
+            "--dns-port",
+            default=53,
+            show_default=True,
+            type=_PORT,
+            help="Port on which they listen, after DNAT (OpenShift: 5353).",
         ),
-        click.option("--gateway-image", envvar="SECUREVLLM_GATEWAY_IMAGE", help="Envoy image of the gateways."),
+        click.option(
+            "--gateway-image",
+            envvar="SECUREVLLM_GATEWAY_IMAGE",
+            callback=_image,
+            help="Envoy image of the gateways.",
+        ),
         click.option(
             "--operator-image",
             envvar="SECUREVLLM_OPERATOR_IMAGE",
+            callback=_image,
             help="The operator's own image; gates and canary pods run it.",
         ),
         click.option(
@@ -119,7 +153,7 @@ def _context_options(command: Any) -> Any:
             "--canary-port",
             default=9094,
             show_default=True,
-            type=click.IntRange(1, 65535),
+            type=_PORT,
             help="Port of the operator's canary listener: engines must not reach it.",
         ),
         click.option(
@@ -211,9 +245,6 @@ def _ipv6(pod_ips: str) -> bool:
     return 6 in versions  # noqa: PLR2004
 
 
-_NO_UID = "00000000-0000-0000-0000-000000000000"
-
-
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
 def main() -> None:
     """Run vLLM on Kubernetes behind an exact route allowlist and isolated networks.
@@ -231,7 +262,23 @@ def main() -> None:
 @main.command(short_help="Print the versions of operator and catalogue.")
 def version() -> None:
     """Print the versions of the operator and of the vLLM that its catalogue describes."""
-    click.echo(f"secure-vllm-operator {__version__} (vLLM {catalogue.floor()} to {catalogue.newest()})")
+    known = f"vLLM {catalogue.oldest()} to {catalogue.newest()}; accepted without a risk from {catalogue.floor()}"
+    click.echo(f"secure-vllm-operator {__version__} (catalogue: {known})")
+
+
+def _catalogued(text: str | None) -> catalogue.Version | None:
+    """The vLLM version that was asked for; None: none was."""
+    if text is None:
+        return None
+    try:
+        version = catalogue.Version.parse(text)
+    except ValueError as error:
+        _wrong(str(error))
+    nearest = min(max(version, catalogue.oldest()), catalogue.newest())
+    if nearest != version:
+        known = f"vLLM {catalogue.oldest()} to {catalogue.newest()}"
+        _wrong(f"the catalogue knows {known}, not {version}: write --version {nearest}, or leave it out")
+    return version
 
 
 @main.command(add_help_option=True, short_help="Wait in an engine's pod until its isolation is seen.")
@@ -274,12 +321,7 @@ def routes(text: str | None, profile: str | None, output: str) -> None:
         securevllm routes --profile chat
         securevllm routes --version 0.33.0 -o json | jq 'select(.vllmKey == false)'
     """  # noqa: D301 - click wants the character
-    try:
-        version = catalogue.Version.parse(text) if text else catalogue.newest()
-    except ValueError as error:
-        _wrong(str(error))
-    if not catalogue.oldest() <= version <= catalogue.newest():
-        _wrong(f"the catalogue knows vLLM {catalogue.oldest()} to {catalogue.newest()}, not {version}")
+    version = _catalogued(text) or catalogue.newest()
     known = [route for route in catalogue.routes_of(version).values() if profile is None or profile in route.profiles]
     rows = [
         {
@@ -325,11 +367,7 @@ def guard(text: str | None, where: str | None, output: str) -> None:
     """  # noqa: D301 - click wants the character
     from securevllm.api.guard import listing  # noqa: PLC0415 - see the module's docstring
 
-    try:
-        version = catalogue.Version.parse(text) if text else None
-    except ValueError as error:
-        _wrong(str(error))
-    rows = [asdict(row) for row in listing.rows(version) if where in {None, row.where}]
+    rows = [asdict(row) for row in listing.rows(_catalogued(text)) if where in {None, row.where}]
     if output == "json":
         for row in rows:
             click.echo(json.dumps(row))
@@ -340,7 +378,13 @@ def guard(text: str | None, where: str | None, output: str) -> None:
 @main.command(short_help="Print every object that the operator would apply.")
 @click.option("-f", "--filename", type=click.File("r"), required=True, help="Manifest with resources; - is stdin.")
 @_NAMESPACE
-@click.option("--uid", default=_NO_UID, show_default=True, help="UID of the resource: part of the pods' labels.")
+@click.option(
+    "--uid",
+    default=_NO_UID,
+    show_default=True,
+    callback=_uid,
+    help="UID of the resource: part of the pods' labels.",
+)
 @_BOUNDS
 @_context_options
 @_OUTPUT
@@ -413,12 +457,7 @@ def explain(filename: TextIO, namespace: str, output: str, bounds_file: Path | N
     callback=_label,
     help="With -f: for objects that name none. Without: the live namespace to read.",
 )
-@click.option(
-    "--kubeconfig",
-    envvar="KUBECONFIG",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="How to log in to read a live namespace; read only.",
-)
+@_KUBECONFIG
 @click.option("--suggest", "suggested", is_flag=True, help="Print a SecureVLLMDeployment for each workload instead.")
 @click.option(
     "--fail-on",
@@ -450,8 +489,8 @@ def check(  # noqa: PLR0917 - click gives one argument per option
     """Tell what vLLM workloads expose: routes without a key, sockets and who reaches them, flags, published holes.
 
     \b
-    Reads SecureVLLMDeployments and ordinary Deployments, StatefulSets, LeaderWorkerSets, DaemonSets, Jobs and Pods,
-    with the NetworkPolicies, Services, Ingresses and HTTPRoutes beside them.
+    Reads SecureVLLMDeployments and ordinary Deployments, StatefulSets, DaemonSets, ReplicaSets, Jobs, CronJobs, Pods
+    and LeaderWorkerSets, with the NetworkPolicies, Services, Ingresses and HTTPRoutes beside them.
         securevllm check -f vllm.yaml
         helm template my-release some/chart | securevllm check -f - -o json | jq .worst
         securevllm check -f vllm.yaml --suggest > mine.yaml
@@ -547,14 +586,12 @@ def _one_line(words: str) -> str:
     help="Wait so long for a Ready engine; with --status, for a verdict of the operator.",
 )
 @click.option(
-    "--image", envvar="SECUREVLLM_OPERATOR_IMAGE", help="Of the canary pods.  [default: what the engines' gates run]"
+    "--image",
+    envvar="SECUREVLLM_OPERATOR_IMAGE",
+    callback=_image,
+    help="Of the canary pods.  [default: what the engines' gates run]",
 )
-@click.option(
-    "--kubeconfig",
-    envvar="KUBECONFIG",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    help="How to log in.  [default: ~/.kube/config; in a pod its service account]",
-)
+@_KUBECONFIG
 @click.option("--context", help="Context of the kubeconfig.  [default: its current one]")
 @click.option(
     "-o", "--output", type=click.Choice(["table", "json"]), default="table", show_default=True, help="Format."
@@ -590,8 +627,11 @@ def probe(  # noqa: PLR0917 - click gives one argument per option
     from securevllm import probe as edge  # noqa: PLC0415 - see the module's docstring
     from securevllm.live import user_login  # noqa: PLC0415 - see the module's docstring
 
-    if bool(names) + every + all_namespaces != 1:
-        _wrong("probe takes names of resources (-n NAMESPACE), or --all of a namespace, or --all-namespaces")
+    ways = {"names of resources": bool(names), "--all": every, "--all-namespaces": all_namespaces}
+    given = [way for way, said in ways.items() if said]
+    if len(given) != 1:
+        told = f"{' and '.join(given)} do not go together" if given else "none of them is there"
+        _wrong(f"probe takes names of resources (-n NAMESPACE), --all of a namespace or --all-namespaces: {told}")
     if status and vantages:
         _wrong("--from measures, and --status only tells what the operator measured: leave one of them out")
     wanted = edge.Wanted(None if all_namespaces else namespace, names, vantages, image, wait, status)
@@ -786,7 +826,13 @@ def _docs_url(_context: Any, _option: Any, value: str | None) -> str | None:
 )
 @_BOUNDS
 @_context_options
-@click.option("--resync", default=600.0, show_default=True, help="Seconds between two full lists.")
+@click.option(
+    "--resync",
+    default=600,
+    show_default=True,
+    type=click.IntRange(5, 86400),
+    help="Seconds between two full lists of everything that is watched.",
+)
 @click.option("--log-format", type=click.Choice(["json", "console"]), default="json", show_default=True)
 @click.option("--log-level", type=click.Choice(["DEBUG", "INFO", "WARNING"]), default="INFO", show_default=True)
 def run(  # noqa: PLR0917 - click gives one argument per option
@@ -800,7 +846,7 @@ def run(  # noqa: PLR0917 - click gives one argument per option
     workers: int,
     take_over: tuple[str, ...],
     docs_url: str | None,
-    resync: float,
+    resync: int,
     log_format: Any,
     log_level: str,
     bounds_file: Path | None,

@@ -6,6 +6,7 @@ A kind that is not installed has no objects; one that may not be read is said so
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 from securevllm.api import kinds
@@ -50,7 +51,7 @@ def snapshot(namespace: str, kubeconfig: Path | None) -> list[Document | Wrong]:
 
     Args:
         namespace: its name.
-        kubeconfig: how to log in; None: ``~/.kube/config``, or the pod's service account where that is not there.
+        kubeconfig: how to log in; None: as `user_login` finds out.
 
     Raises:
         OperatorError: the login cannot be read, or nothing answers.
@@ -62,12 +63,13 @@ def user_login(kubeconfig: Path | None, context: str | None = None) -> Login:
     """How a person's command logs in.
 
     Args:
-        kubeconfig: None: ``~/.kube/config``, or the pod's service account where that is not there.
+        kubeconfig: None: ``$KUBECONFIG``, then ``~/.kube/config``, then the pod's service account.
         context: of the kubeconfig; None: its current one.
 
     Raises:
-        OperatorError: a context is named, and there is no kubeconfig that could have it.
+        OperatorError: ``$KUBECONFIG`` is not one file, or a context is named and there is no kubeconfig to have it.
     """
+    kubeconfig = kubeconfig or _ambient()
     if kubeconfig is None:
         default = Path.home() / ".kube" / "config"
         kubeconfig = default if default.is_file() else None
@@ -78,6 +80,16 @@ def user_login(kubeconfig: Path | None, context: str | None = None) -> Login:
             " FILE, or leave --context out to log in with the pod's service account"
         )
     return Login(kubeconfig, context=context)
+
+
+def _ambient() -> Path | None:
+    """The file of ``$KUBECONFIG``. kubectl merges several; which of them is meant would be a guess."""
+    files = [part for part in os.environ.get("KUBECONFIG", "").split(os.pathsep) if part]
+    if len(files) > 1:
+        raise OperatorError("$KUBECONFIG lists several files; name one with --kubeconfig")
+    if files and not Path(files[0]).is_file():
+        raise OperatorError(f"$KUBECONFIG names {files[0]}, which is no file; name one with --kubeconfig")
+    return Path(files[0]) if files else None
 
 
 async def _snapshot(namespace: str, login: Login) -> list[Document | Wrong]:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import click
 import pytest
 import yaml
 from click.testing import CliRunner, Result
@@ -42,9 +44,9 @@ def test_help_teaches_the_first_step() -> None:
 
 
 def test_version_names_operator_and_catalogue() -> None:
-    assert (
-        run("version").stdout
-        == f"secure-vllm-operator {__version__} (vLLM {catalogue.floor()} to {catalogue.newest()})\n"
+    assert run("version").stdout == (
+        f"secure-vllm-operator {__version__} (catalogue: vLLM {catalogue.oldest()} to {catalogue.newest()};"
+        f" accepted without a risk from {catalogue.floor()})\n"
     )
 
 
@@ -136,11 +138,52 @@ def test_a_bad_resource_does_not_hide_the_good_one() -> None:
         (("--cluster-range", "10.0.0.1/8"), "host bits"),
         (("--dns-cidr", "x"), "x"),
         (("--pod-ips", "10.0.0.1,me"), "'me' does not appear to be an IPv4 or IPv6 address"),
+        (("--dns-port", "99999"), "--dns-port"),
+        (("--uid", "x y"), "'x y' is no UID such as 0000"),
+        (("--uid", ""), "'' is no UID"),
+        (("--gateway-image", ""), "'' is no image such as"),
+        (("--operator-image", "a b"), "'a b' is no image such as"),
     ],
 )
 def test_wrong_options_are_named(arguments: tuple[str, ...], told: str) -> None:
-    result = run("render", "-f", str(SAMPLE), *arguments)
+    result = run("render", "-f", "-", *arguments, stdin=SAMPLE.read_text(encoding="utf-8"))
     assert result.exit_code == 2
+    assert told in result.stderr
+
+
+def test_an_empty_variable_of_an_image_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = rendered()
+    for name in ("SECUREVLLM_GATEWAY_IMAGE", "SECUREVLLM_OPERATOR_IMAGE"):
+        monkeypatch.setenv(name, "")
+    assert rendered() == before
+
+
+@pytest.mark.parametrize("seconds", ["-5", "0", "4", "86401", "nan"])
+def test_a_pause_between_lists_that_the_chart_refuses_is_wrong_usage(seconds: str) -> None:
+    result = run("run", "--resync", seconds)
+    assert (result.exit_code, "--resync" in result.stderr) == (2, True)
+
+
+def test_the_chart_takes_the_same_pauses_between_lists() -> None:
+    schema = json.loads((ROOT / "charts/secure-vllm-operator/values.schema.json").read_text(encoding="utf-8"))
+    taken = schema["properties"]["resyncSeconds"]
+    (option,) = [item for item in main.commands["run"].params if item.name == "resync"]
+    assert isinstance(option.type, click.IntRange)
+    assert (option.type.min, option.type.max) == (taken["minimum"], taken["maximum"])
+
+
+@pytest.mark.parametrize("command", ["routes", "guard"])
+@pytest.mark.parametrize(
+    ("version", "told"),
+    [
+        ("9.9.9", f"not 9.9.9: write --version {catalogue.newest()}, or leave it out"),
+        ("0.5.0", f"not 0.5.0: write --version {catalogue.oldest()}, or leave it out"),
+        ("", "is not a vLLM release number such as"),
+    ],
+)
+def test_a_version_beyond_the_catalogue_has_no_answer(command: str, version: str, told: str) -> None:
+    result = run(command, "--version", version)
+    assert (result.exit_code, result.stdout) == (2, "")
     assert told in result.stderr
 
 
@@ -172,7 +215,6 @@ def test_routes_of_a_profile_as_tables() -> None:
     assert [line.split()[1] for line in table[1:]] == ["/v1/models", "/v1/chat/completions", "/v1/completions"]
     assert len(marked) == len(table) + 1
     assert run("routes", "--version", "x").exit_code == 2
-    assert "not 99.0.0" in run("routes", "--version", "99.0.0").stderr
 
 
 def test_run_without_a_cluster_says_what_to_do() -> None:
@@ -307,8 +349,9 @@ def test_probe_teaches_its_vantage_points_rights_and_exit_codes() -> None:
     ("arguments", "told"),
     [
         ([], "names of resources"),
-        (["llama", "--all"], "names of resources"),
-        (["--all", "--all-namespaces"], "names of resources"),
+        ([], "none of them is there"),
+        (["llama", "--all"], "names of resources and --all do not go together"),
+        (["--all", "--all-namespaces"], "--all and --all-namespaces do not go together"),
         (["llama", "--status", "--from", "other"], "leave one of them out"),
         (["llama", "--wait", "-1"], "--wait"),
         (["llama", "--kubeconfig", "/nowhere"], "--kubeconfig"),
@@ -339,6 +382,32 @@ def test_probe_never_takes_another_cluster_than_the_one_that_is_named(
     result = run("probe", "llama", "--context", "prod")
     assert (result.exit_code, result.stdout) == (2, "")
     assert "--context prod is one of a kubeconfig, and there is none" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["probe", "llama"], ["check", "-n", "llm"]])
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        (["one", "two"], "$KUBECONFIG lists several files; name one with --kubeconfig"),
+        (["", "absent"], "which is no file; name one with --kubeconfig"),
+        (["", "one"], "one cannot be used: it holds nothing"),
+    ],
+)
+def test_the_kubeconfig_of_the_shell_has_to_be_one_file(
+    command: list[str], files: list[str], told: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).touch()
+    monkeypatch.setenv("KUBECONFIG", os.pathsep.join(name and str(tmp_path / name) for name in files))
+    result = run(*command)
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert told in result.stderr
+    assert "$KUBECONFIG" in run(command[0], "--help").stdout
+
+
+def test_files_are_checked_whatever_the_kubeconfig_of_the_shell_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", os.pathsep.join(("/one", "/two")))
+    assert run("check", "-f", str(SAMPLE)).exit_code == 0
 
 
 def told_by(monkeypatch: pytest.MonkeyPatch, reports: Sequence[Report] | BaseException) -> None:
