@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import signal
 import socket
 import subprocess
@@ -410,7 +411,33 @@ def test_what_it_waits_for_is_the_termination_message(tmp_path: Path, capsys: py
     assert termination_log() == Path("/dev/termination-log")
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"forbidden": []}', '{"dns": "x", "barrier": {"port": 1}}'])
+@pytest.mark.parametrize(
+    ("told", "says"),
+    [
+        ({}, "dns is missing, which is a text"),
+        ({"dns": 3}, "dns is 3, not a text"),
+        ({"dns": None}, "dns is null, not a text"),
+        ({"dns": "x", "isolation": "no"}, 'isolation is "no", not true or false'),
+        ({"dns": "x", "stable_seconds": True}, "stable_seconds is true, not a number"),
+        ({"dns": "x", "forbidden": {}}, "forbidden is {}, not a list of objects"),
+        ({"dns": "x", "forbidden": [{"name": "a", "host": "b", "port": 443}]}, "forbidden[0].port is 443, not a text"),
+        ({"dns": "x", "forbidden": [{"name": "a", "port": "1"}]}, "forbidden[0].host is missing, which is a text"),
+        ({"dns": "x", "barrier": {}}, "barrier.port is missing, which is a whole number"),
+        ({"dns": "x", "barrier": []}, "barrier is [], not an object or null"),
+        ({"dns": "x", "barrier": {"port": 1, "rank": "0"}}, "barrier.members is missing, which is a list of texts"),
+        ({"dns": "x", "barrier": {"port": 1, "rank": "0", "members": "ab"}}, 'barrier.members is "ab", not a list of'),
+    ],
+)
+def test_a_wrong_configuration_is_told_by_field_and_value(told: dict[str, object], says: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(says)):
+        load_gate(json.dumps(told))
+
+
+def test_a_whole_number_of_seconds_is_a_number() -> None:
+    assert load_gate('{"dns": "x", "stable_seconds": 2, "barrier": null}') == GateConfig("x", stable_seconds=2)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "{}", '{"dns": 3}', '{"dns": "x", "barrier": {"port": 1}}'])
 def test_a_wrong_configuration_is_wrong_usage(text: str) -> None:
     done = subprocess.run(  # noqa: S603 - our own program
         [sys.executable, "-m", "securevllm", "gate", text],

@@ -7,8 +7,8 @@ is not known is ignored and every field has a default.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
 from enum import StrEnum
 from typing import Any
 
@@ -131,21 +131,23 @@ def load_gate(text: str) -> GateConfig:
     Raises:
         ValueError: it is not one.
     """
-    raw = _mapping(text)
-    try:
-        barrier = raw.get("barrier")
-        return GateConfig(
-            **_known(GateConfig, raw, "forbidden", "barrier"),
-            forbidden=tuple(
-                Forbidden(**_known(Forbidden, item, "node_ports"), node_ports=tuple(item.get("node_ports", ())))
-                for item in raw.get("forbidden", ())
-            ),
-            barrier=Barrier(**_known(Barrier, barrier, "members"), members=tuple(barrier["members"]))
-            if barrier
-            else None,
-        )
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"not the configuration of a gate: {error}") from None
+    raw = _judged(GateConfig, _mapping(text))
+    forbidden = [
+        _judged(Forbidden, item, f"forbidden[{index}].") for index, item in enumerate(raw.get("forbidden", ()))
+    ]
+    barrier = raw.get("barrier")
+    return GateConfig(
+        **_known(GateConfig, raw, "forbidden", "barrier"),
+        forbidden=tuple(
+            Forbidden(**_known(Forbidden, item, "node_ports"), node_ports=tuple(item.get("node_ports", ())))
+            for item in forbidden
+        ),
+        barrier=None
+        if barrier is None
+        else Barrier(
+            **_known(Barrier, _judged(Barrier, barrier, "barrier."), "members"), members=tuple(barrier["members"])
+        ),
+    )
 
 
 def load_canary(text: str) -> CanaryConfig:
@@ -189,6 +191,34 @@ def _mapping(text: str) -> dict[str, Any]:
     raw = json.loads(text)
     if not isinstance(raw, dict):
         raise ValueError("not a JSON object")  # noqa: TRY004 - the text is wrong, not the caller's type
+    return raw
+
+
+_FORMS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
+    "str": ("a text", lambda value: isinstance(value, str)),
+    "bool": ("true or false", lambda value: isinstance(value, bool)),
+    "int": ("a whole number", lambda value: type(value) is int),
+    "float": ("a number", lambda value: type(value) in {int, float}),
+    "tuple[str, ...]": ("a list of texts", lambda value: _list_of(str, value)),
+    "tuple[int, ...]": ("a list of whole numbers", lambda value: _list_of(int, value)),
+    "tuple[Forbidden, ...]": ("a list of objects", lambda value: _list_of(dict, value)),
+    "Barrier | None": ("an object or null", lambda value: value is None or isinstance(value, dict)),
+}
+"""What JSON has for a field with this annotation."""
+
+
+def _list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is kind for item in value)
+
+
+def _judged(kind: Any, raw: dict[str, Any], path: str = "") -> dict[str, Any]:
+    for field in fields(kind):
+        words, fits = _FORMS[str(field.type)]
+        if field.name not in raw:
+            if field.default is MISSING:
+                raise ValueError(f"{path}{field.name} is missing, which is {words}")
+        elif not fits(raw[field.name]):
+            raise ValueError(f"{path}{field.name} is {json.dumps(raw[field.name])[:80]}, not {words}")
     return raw
 
 
