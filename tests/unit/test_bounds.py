@@ -231,6 +231,20 @@ def test_a_wrong_file_is_refused_with_the_field(text: str, field: str, tmp_path:
     assert field in shown.output
 
 
+@pytest.mark.parametrize(
+    ("text", "meant"),
+    [("imagess: [a]", "images"), ("image_digests: true", "imageDigests"), ("egress: {port: [1]}", "ports")],
+)
+def test_a_misspelt_bound_is_answered_with_the_one_that_was_meant(text: str, meant: str) -> None:
+    with pytest.raises(SpecError) as caught:
+        bounds.read(yaml.safe_load(text))
+    (problem,) = caught.value.problems
+    assert (problem.rule, problem.fix) == (
+        "there is no such field",
+        f"Did you mean {meant}? docs/guard.md lists the fields.",
+    )
+
+
 @pytest.mark.parametrize("text", ["images: [a]\nimages: [b]", "{", "\x00", "a: !!python/object/apply:os.system [id]"])
 def test_what_is_no_yaml_or_says_something_twice_is_refused(text: str, tmp_path: Path) -> None:
     file = tmp_path / "bounds.yaml"

@@ -377,7 +377,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
     ("latest", {"image": "vllm/vllm-openai:latest"}, "spec.image", "VersionUnreadable", ("release tag",)),
     ("port of a registry", {"image": "reg:5000/vllm"}, "spec.image", "VersionUnreadable", ("release tag",)),
     ("digest only", {"image": "reg/vllm@sha256:" + "1" * 64}, "spec.image", "VersionUnreadable", ("release tag",)),
-    ("newer", {"image": f"v:v{NEWER}"}, "spec.image", "VersionUnknown", (NEWER, "catalogue ends at")),
+    ("newer", {"image": f"v:v{NEWER}"}, "spec.image", "VersionUnknown", (f"'v:v{NEWER}'", "catalogue ends at")),
     ("newer, assumed", {"vllmVersion": {"assume": NEWER}}, "spec.vllmVersion.assume", "VersionUnknown", (NEWER,)),
     (
         "older",
@@ -421,9 +421,9 @@ REFUSED: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
     (
         "assumption over an old tag",
         {"image": "vllm/vllm-openai:v0.19.0", "vllmVersion": {"assume": "0.33.0"}},
-        "spec.vllmVersion.assume",
+        "spec.image",
         "VersionBelowFloor",
-        ("0.19.0",),
+        ("spec.image 'vllm/vllm-openai:v0.19.0':",),
     ),
     (
         "older than the catalogue",
@@ -433,7 +433,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, str, tuple[str, ...]]] = [
         },
         "spec.image",
         "VersionUnknown",
-        ("begins at 0.11.0",),
+        ("spec.image 'vllm/vllm-openai:v0.9.0':", "begins at 0.11.0"),
     ),
     ("port that nobody opens", {"ports": {"kvEvents": 7000}}, "spec.ports.kvEvents", "PortUnused", ("kvEvents",)),
     ("privileged port", {"ports": {"api": 80}}, "spec.ports.api", "InvalidSpec", ("1024",)),

@@ -20,7 +20,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from securevllm import catalogue
 from securevllm.api import types as api
-from securevllm.api.fields import Cidr, LabelKey, LabelValue, Model
+from securevllm.api.fields import Cidr, LabelKey, LabelValue, Model, unknown_field
 from securevllm.api.reserved import is_reserved
 from securevllm.errors import Problem, SpecError
 
@@ -107,7 +107,10 @@ def read(raw: Any) -> PlatformBounds:
 def _schema_problems(error: ValidationError) -> Iterator[Problem]:
     for item in error.errors(include_url=False):
         field = "bounds" + "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in item["loc"])
-        yield Problem(field, "InvalidBounds", item["msg"], "docs/guard.md has all fields.", str(item["input"])[:80])
+        told, fix = item["msg"], "docs/guard.md has all fields."
+        if item["type"] == "extra_forbidden":
+            told, fix = unknown_field(PlatformBounds, item["loc"], "docs/guard.md")
+        yield Problem(field, "InvalidBounds", told, fix, str(item["input"])[:80])
 
 
 def _reserved(bounds: PlatformBounds) -> Iterator[Problem]:

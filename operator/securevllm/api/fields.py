@@ -6,7 +6,8 @@ pkg/util/validation): what is accepted here can be applied.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from difflib import get_close_matches
+from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 from pydantic.alias_generators import to_camel
@@ -24,6 +25,34 @@ class Model(BaseModel):
     model_config = ConfigDict(
         alias_generator=to_camel, populate_by_name=True, frozen=True, extra="forbid", defer_build=True
     )
+
+
+def unknown_field(model: type[BaseModel], path: tuple[int | str, ...], page: str) -> tuple[str, str]:
+    """What is said of a field that is not there, and of the one that was probably meant.
+
+    Args:
+        model: that has not got it, or one that holds that one.
+        path: of the field, from there.
+        page: what lists the fields.
+    """
+    inner: type[BaseModel] | None = model
+    for part in path[:-1]:
+        if isinstance(part, str) and inner is not None:
+            inner = next(
+                (_model_in(item.annotation) for item in inner.model_fields.values() if item.alias == part), None
+            )
+    known = [str(item.alias) for item in inner.model_fields.values()] if inner is not None else []
+    name = str(path[-1])
+    meant = to_camel(name) if to_camel(name) in known else next(iter(get_close_matches(name, known, 1)), "")
+    fix = f"Did you mean {meant}?" if meant else "Leave it out:"
+    return "there is no such field", f"{fix} {page} lists the fields."
+
+
+def _model_in(annotation: Any) -> type[BaseModel] | None:
+    """The model in an annotation such as ``list[Model] | None``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_in, get_args(annotation))), None)
 
 
 def rule(expression: str, message: str) -> dict[str, JsonValue]:

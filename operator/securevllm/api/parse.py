@@ -12,11 +12,10 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from difflib import get_close_matches
-from typing import Any, get_args
+from typing import Any
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 from pydantic.alias_generators import to_camel
 
 from securevllm import catalogue
@@ -26,6 +25,7 @@ from securevllm.api import types as api
 from securevllm.api.addresses import IPV4_MAPPED, is_public
 from securevllm.api.advisories import Hit, hits
 from securevllm.api.applicable import unapplicable
+from securevllm.api.fields import unknown_field
 from securevllm.api.guard.pod import NOT_OFFERED
 from securevllm.api.placement import LabelSelector
 from securevllm.api.schema import size_problems
@@ -144,26 +144,9 @@ def _schema_problems(error: ValidationError) -> list[Problem]:
 
 
 def _unknown(path: tuple[int | str, ...]) -> tuple[str, str]:
-    """What is said of a field that the schema has not, with the one that was probably meant."""
-    model: type[BaseModel] | None = api.Spec
-    for part in path[:-1]:
-        if isinstance(part, str) and model is not None:
-            model = next(
-                (_model_in(item.annotation) for item in model.model_fields.values() if item.alias == part), None
-            )
-    known = [str(item.alias) for item in model.model_fields.values()] if model is not None else []
-    name = str(path[-1])
-    meant = to_camel(name) if to_camel(name) in known else next(iter(get_close_matches(name, known, 1)), "")
     parents = (part for part in path[:-1] if isinstance(part, str))
-    listed = f"kubectl explain {'.'.join(('securevllmdeployment.spec', *parents))} lists the fields."
-    return "there is no such field", f"Did you mean {meant}? {listed}" if meant else f"Leave it out: {listed}"
-
-
-def _model_in(annotation: Any) -> type[BaseModel] | None:
-    """The model in an annotation such as ``list[Model] | None``."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_model_in, get_args(annotation))), None)
+    command = f"kubectl explain {'.'.join(('securevllmdeployment.spec', *parents))}"
+    return unknown_field(api.Spec, path, command)
 
 
 def version_of(spec: api.Spec) -> catalogue.Version | Problem:
@@ -501,14 +484,14 @@ _CHECKS: tuple[Callable[[api.Spec], Iterator[Problem]], ...] = (
 
 def _version(spec: api.Spec, version: catalogue.Version) -> Iterator[Problem]:
     said = spec.vllm_version or api.VllmVersion()
-    field = "spec.image" if said.assume is None else "spec.vllmVersion.assume"
+    field, value = ("spec.image", spec.image) if said.assume is None else ("spec.vllmVersion.assume", said.assume)
     if (version.major, version.minor) > (catalogue.newest().major, catalogue.newest().minor):
         yield Problem(
             field,
             "VersionUnknown",
             f"the catalogue ends at {catalogue.newest()}: a newer vLLM may have routes that nobody looked at",
             f"Use an older image, or say: vllmVersion: {{assume: {catalogue.newest()}}}.",
-            str(version),
+            value,
         )
     if version < catalogue.oldest():
         yield Problem(
@@ -516,11 +499,12 @@ def _version(spec: api.Spec, version: catalogue.Version) -> Iterator[Problem]:
             "VersionUnknown",
             f"the catalogue begins at {catalogue.oldest()}: nobody compared it with an older vLLM",
             "Use a newer image.",
-            str(version),
+            value,
         )
     accepted = any(item.risk == "vllmVersionBelowFloor" for item in spec.security.accept)
     # An assumption is about routes, not about holes.
-    version = _oldest(spec, version)
+    if (oldest := _oldest(spec, version)) != version:
+        version, field, value = oldest, "spec.image", spec.image
     if version < catalogue.floor() and not accepted:
         yield Problem(
             field,
@@ -528,7 +512,7 @@ def _version(spec: api.Spec, version: catalogue.Version) -> Iterator[Problem]:
             f"vLLM before {catalogue.floor()} has known holes that no control of this operator covers",
             "Use a newer image, or accept the risk in words:"
             " security: {accept: [{risk: vllmVersionBelowFloor, why: ...}]}.",
-            str(version),
+            value,
         )
     if said.minimum is not None and version < catalogue.Version.parse(said.minimum):
         yield Problem(
@@ -536,7 +520,7 @@ def _version(spec: api.Spec, version: catalogue.Version) -> Iterator[Problem]:
             "VersionBelowMinimum",
             f"the spec itself asks for at least {said.minimum}",
             "Use a newer image, or change vllmVersion.minimum.",
-            str(version),
+            value,
         )
 
 
