@@ -29,7 +29,7 @@ demo: setup ## a cluster, the operator, the quickstart, requests, on real nodes 
 	@$(BIN)/python -m e2e.demo $(if $(KEEP),--keep) $(if $(ON),--on $(ON))
 
 .PHONY: test
-test: setup ## all test tiers but e2e and a summary; TIERS="unit golden" runs only those
+test: setup ## all tests but those on nodes (make e2e, make e2e-vllm), and a summary; TIERS="unit golden" runs only those
 	@$(BIN)/python tools/test_tiers.py $(TIERS)
 
 ##@ Development

@@ -2,8 +2,9 @@
 
     python tools/test_tiers.py [TIER ...]
 
-Without names, all but `e2e` (`make e2e`), whose nodes need root on Linux and half an hour of building, once. Every
-tier runs, also after a failed one. Output of a tier is in build/test/<tier>.log and is shown when it failed.
+Without names, all but those on nodes (`make e2e`, `make e2e-vllm`), which need root on Linux and half an hour of
+building, once. Every tier runs, also after a failed one. Output of a tier is in build/test/<tier>.log and is shown when
+it failed.
 The last line is `N passed, N failed, N skipped` over all tiers; a check (the linter, one coverage limit) counts as one.
 Tests on a real cluster wait for processes that share this machine with others: a few that only waited too long are
 tried once more, by themselves, and what passes only then is named in the summary. Nothing else gets a second try: a

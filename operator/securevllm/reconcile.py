@@ -50,7 +50,8 @@ if TYPE_CHECKING:
 
 log = structlog.stdlib.get_logger(__name__)
 
-_RESYNC = 300.0
+_LOOK_ANYWAY = 300.0
+"""Each resource is looked at every five minutes. `--resync` is something else: a full list of everything."""
 _LOOK_AGAIN = 10.0
 
 _PRUNED_FIRST = frozenset({kinds.NETWORK_POLICY, kinds.JOB})
@@ -158,7 +159,7 @@ class Reconciler:
             claimed = await self._claims.claim(resource)
             if claimed is None:
                 self._forget(key)
-                return _RESYNC
+                return _LOOK_ANYWAY
             resource = claimed
             self._cache.wrote(resource)
             return await self._reconcile(key, resource)
@@ -187,7 +188,7 @@ class Reconciler:
             lost=bool(problems) and wanted is None and bool(self._cache.indexed(owner.uid)),
         )
         # Nobody watches a Secret without our label: the platform may label it at any moment.
-        pause = _LOOK_AGAIN if any(problem.reason == bounds.SECRET_REASON for problem in problems) else _RESYNC
+        pause = _LOOK_AGAIN if any(problem.reason == bounds.SECRET_REASON for problem in problems) else _LOOK_ANYWAY
         if wanted is None:
             await self._report(resource, facts)
             return pause
@@ -198,7 +199,7 @@ class Reconciler:
                 raise
             # Accepted by an earlier release, and not to be rendered by this one.
             log.exception("the accepted spec cannot be rendered")
-            facts, again = replace(facts, fallback=False, lost=True), _RESYNC
+            facts, again = replace(facts, fallback=False, lost=True), _LOOK_ANYWAY
         await self._report(resource, facts)
         return min(again, pause)
 
@@ -412,7 +413,7 @@ class Reconciler:
         missing = _LOOK_AGAIN if found.missing or found.unfetched else None
         self._evidences.follow(resource, owner, wanted, rendered, key.get(engine.PROBER, b""), evidence=evidence)
         renewal, waiting = self._generator.renewal(made), look.pause(self._now().timestamp())
-        pauses = (_RESYNC, outcome.again, looked, missing, renewal, waiting, evidence.again)
+        pauses = (_LOOK_ANYWAY, outcome.again, looked, missing, renewal, waiting, evidence.again)
         return found, min(pause for pause in pauses if pause is not None)
 
     async def _figures(self, owner: Owner, spec: api.Spec, made: Secrets, wider: int) -> Figures:

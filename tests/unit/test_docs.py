@@ -36,6 +36,7 @@ _HOSTS = {
     "keepachangelog.com",
     "semver.org",
     "kubernetes.io",
+    "pkg.go.dev",
     "docs.vllm.ai",
     "git.example.com",
     "kubernetes.default.svc",
