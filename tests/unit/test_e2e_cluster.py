@@ -12,6 +12,7 @@ import sys
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ import pytest
 
 from e2e import images as project
 from e2e import reach
-from e2e.cluster import ClusterError, network, nodes, packages
+from e2e.cluster import ClusterError, binaries, network, nodes, packages
+from e2e.cluster import __main__ as command_line
 from e2e.cluster.binaries import (
     ARGO_CD_PROGRAMS,
     CONTROL_PLANE,
@@ -31,6 +33,8 @@ from e2e.cluster.binaries import (
 )
 from e2e.cluster.images import Image, Layer
 from e2e.cluster.node import Node
+from e2e.cluster.paths import cache_folder, locked
+from e2e.definitions import FILES
 from securevllm.context import Context
 
 NODES = ("n1", "n2")
@@ -111,6 +115,58 @@ def test_every_program_belongs_to_the_control_plane_or_to_nodes_or_to_argo_cd() 
 def test_every_component_s_module_requires_its_version(component: Component) -> None:
     text = (Path(network.__file__).parent / component.module / "go.mod").read_text(encoding="utf-8")
     assert component.source.startswith("securevllm.io/") or f"{component.source} v{component.version}" in text
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Component:
+    """A component whose module is a folder of this test."""
+    (tmp_path / "module" / "definitions").mkdir(parents=True)
+    monkeypatch.setattr(binaries, "_find_go", lambda _progress: "go")
+    monkeypatch.setattr(binaries, "_module_folder", lambda _go, _component: tmp_path / "module")
+    return Component("example", "Example", "1", ".", "example.com/module", shared=(("crds", "definitions"),))
+
+
+def test_what_is_only_copied_waits_for_no_build(module: Component) -> None:
+    def waits(line: str) -> None:
+        raise AssertionError(line)
+
+    with locked(cache_folder() / ".build.lock"):
+        folder = binaries.unpack(module, waits)
+    assert [path.name for path in folder.iterdir()] == ["crds"]
+    with locked(folder / ".shared.lock"):  # there already: nobody is waited for
+        assert binaries.unpack(module, waits) == folder
+
+
+def test_only_one_process_copies_the_same(module: Component, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = itertools.count()
+    monkeypatch.setattr(binaries, "_module_folder", lambda _go, _component: next(asked))  # not a folder: copying fails
+    module.folder.mkdir(parents=True)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        with locked(module.folder / ".shared.lock"):
+            other = pool.submit(binaries.unpack, module, print)
+            time.sleep(0.2)  # it waits, or is done for
+            assert not other.done()
+            (module.folder / "crds").mkdir()
+        assert other.result(timeout=30) == module.folder
+
+
+@pytest.mark.parametrize("command", ["build", "deps"])
+def test_what_builds_programs_has_the_definitions_too(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    unpacked: list[Component] = []
+
+    def unpack(component: Component, _progress: binaries.Progress) -> None:
+        unpacked.append(component)
+        raise ClusterError("no network")  # no reason to fail: the tests that need them say so
+
+    monkeypatch.setenv("SVLLM_CLUSTER", "local")
+    monkeypatch.delenv("SVLLM_KUBECONFIG", raising=False)
+    for name in ("build", "find_or_build"):
+        monkeypatch.setattr(command_line, name, lambda *_arguments: None)
+    for name in ("check_machine", "prepare"):
+        monkeypatch.setattr(nodes, name, lambda *_arguments: None)
+    monkeypatch.setattr(command_line, "unpack", unpack)
+    assert command_line.main([command]) == 0
+    assert {*unpacked} == {component for component, _ in FILES.values()}
 
 
 def test_missing_packages_are_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
