@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from e2e import build_image, images
 from e2e.cluster.daemon import ProcessIdentity
+from tests.api.kube import eventually
 
 
 def test_the_build_gets_the_files_that_the_dockerfile_copies_and_no_others() -> None:
@@ -74,7 +73,7 @@ def test_the_same_files_are_not_built_again(programs: Path, monkeypatch: pytest.
     assert len(built) == 3
 
 
-# A build whose program has a child; both would be there for a minute.
+# A build whose program has a child; both would be there for minutes.
 BUILD = """
 import os, sys, tempfile
 from pathlib import Path
@@ -82,7 +81,7 @@ from e2e import build_image
 
 def build():
     with tempfile.TemporaryDirectory(dir=sys.argv[1]):
-        build_image._run(["sh", "-c", "sleep 60 & echo $! >$0.new && mv $0.new $0 && wait", sys.argv[1] + "/child"])
+        build_image._run(["sh", "-c", "sleep 600 & echo $! >$0.new && mv $0.new $0 && wait", sys.argv[1] + "/child"])
 
 os.geteuid = lambda: 1000  # mounts nothing
 build_image.build = build
@@ -93,20 +92,13 @@ sys.exit(build_image.main())
 def test_a_build_that_is_ended_leaves_nothing(tmp_path: Path) -> None:
     child = tmp_path / "child"
     with subprocess.Popen([sys.executable, "-c", BUILD, tmp_path], cwd=images.ROOT) as process:  # noqa: S603 - fixed
+        eventually(child.exists)
+        identity = ProcessIdentity.of(int(child.read_text(encoding="ascii")))
         try:
-            eventually(child.exists)
-            identity = ProcessIdentity.of(int(child.read_text(encoding="ascii")))
             process.terminate()
-            assert process.wait(30) == 130
+            assert process.wait(60) == 130
+            eventually(lambda: not identity.alive())
         finally:
             process.kill()
-    eventually(lambda: not identity.alive())
+            identity.stop(grace=0)
     assert [*tmp_path.iterdir()] == [child]
-
-
-def eventually(seen: Callable[[], bool]) -> None:
-    """Wait for it."""
-    deadline = time.monotonic() + 30
-    while not seen():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
