@@ -59,12 +59,21 @@ def missing() -> str:
     """Why nothing here can build an image; empty: something can."""
     if any(map(_answers, ENGINES)):
         return ""
+    reason = _lacking("buildah", "debootstrap")
+    return reason and f"no docker or podman answers; without one the image is built {reason}"
+
+
+def missing_for_base() -> str:
+    """Why `base` cannot be made here, whatever builds images; empty: it can."""
+    reason = _lacking("debootstrap")
+    return reason and f"the base image is made {reason}"
+
+
+def _lacking(*programs: str) -> str:
     if os.geteuid() != 0 or not shutil.which("dpkg-query", path=SYSTEM_PATH):
-        return "no docker or podman answers; without one the image is built as root on Debian only"
-    lacking = [program for program in ("buildah", "debootstrap") if not shutil.which(program, path=SYSTEM_PATH)]
-    if not lacking:
-        return ""
-    return f"no docker or podman answers, and not everything else is there: apt-get install {' '.join(lacking)}"
+        return "as root on Debian only"
+    lacking = [program for program in programs if not shutil.which(program, path=SYSTEM_PATH)]
+    return f"with what is not there: apt-get install {' '.join(lacking)}" if lacking else ""
 
 
 def build() -> str:

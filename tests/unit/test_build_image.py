@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from e2e import build_image, images
+from e2e import build_image, images, test_image
 from e2e.cluster.daemon import ProcessIdentity
 from tests.api.kube import eventually
 
@@ -50,6 +50,21 @@ def test_what_is_missing_is_named(programs: Path, monkeypatch: pytest.MonkeyPatc
     assert build_image.missing() == ""
     monkeypatch.setattr("os.geteuid", lambda: 1000)
     assert "as root on Debian only" in build_image.missing()
+
+
+def test_an_engine_that_answers_makes_no_base(programs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (programs / "docker").write_text("#!/bin/sh\n", encoding="ascii")
+    (programs / "docker").chmod(0o755)
+    put(programs, "dpkg-query")
+    assert build_image.missing() == ""
+    assert build_image.missing_for_base().endswith(": apt-get install debootstrap")
+    with pytest.raises(pytest.skip.Exception, match="apt-get install debootstrap"):
+        test_image.test_the_base_image_has_what_is_not_in_it()
+    put(programs, "debootstrap")
+    assert build_image.missing_for_base() == ""
+    monkeypatch.setattr("os.geteuid", lambda: 1000)
+    assert build_image.missing() == ""
+    assert build_image.missing_for_base() == "the base image is made as root on Debian only"
 
 
 def test_the_same_files_are_not_built_again(programs: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
