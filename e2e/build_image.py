@@ -29,6 +29,7 @@ from e2e.cluster import ClusterError, lifecycle, python_root
 from e2e.cluster.images import Image, Layer
 from e2e.cluster.packages import SYSTEM_PATH
 from e2e.cluster.paths import locked
+from tools import image_root
 
 _RESOLVER = Path("/etc/resolv.conf")
 # What is not in Debian's smallest system and in every image of Python.
@@ -128,7 +129,9 @@ def base(name: str) -> Image:
         (root / "etc/pip.conf").touch()
         python_root.compile_all(root / "usr/local")
 
-    key = f"{codename} {_INCLUDED} {sys.version} {pip.__version__}"
+    # By name alone: the cache is for every checkout.
+    filled_by = {path.name: path for path in map(Path, (__file__, python_root.__file__, image_root.__file__))}
+    key = f"{codename} {_INCLUDED} {sys.version} {pip.__version__} {python_root.digest(filled_by)}"
     return Image(name, (Layer("debian-with-python", key, fill, as_it_is=True),))
 
 
