@@ -13,6 +13,7 @@ import tarfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from typing import Any
 import pytest
 
 from e2e import images as project
-from e2e import reach
+from e2e import reach, test_race
 from e2e.cluster import ClusterError, binaries, network, nodes, packages
 from e2e.cluster import __main__ as command_line
 from e2e.cluster.binaries import (
@@ -352,3 +353,25 @@ def test_only_what_others_could_reach_counts_as_listening() -> None:
         found = reach.listening()
     assert there in found
     assert hidden not in found
+
+
+def test_a_scan_that_hardly_looked_proves_nothing() -> None:
+    enough = test_race.Scan(rounds=5, named=24, fewest=20)
+    test_race.looked(enough, count=6, families=2)
+    for little in (replace(enough, rounds=4), replace(enough, named=23), replace(enough, fewest=19)):
+        with pytest.raises(AssertionError):
+            test_race.looked(little, count=6, families=2)
+
+
+def test_the_withheld_scan_lasts_for_the_tries_that_it_needs() -> None:
+    assert test_race.WITHHELD_SECONDS / reach._OFTEN >= 5 * test_race.MIN_TRIES
+
+
+def test_scanners_are_told_an_address_that_was_a_foreign_pod_s_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(test_race, "_say", lambda _process, text: said.append(text))
+    naming = test_race.Naming("race", (1, 2), listeners=[subprocess.Popen.__new__(subprocess.Popen)])
+    for namespace, name in (("other", "a"), ("race", "b"), ("race", "b")):
+        naming.see("fd00::1", namespace, name)
+    naming.see("<none>", "race", "c")
+    assert said == ["[fd00::1]:1\n[fd00::1]:2\n"]
