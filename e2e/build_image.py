@@ -13,19 +13,23 @@ import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import pip
 
 from e2e import images
-from e2e.cluster import ClusterError, python_root
+from e2e.cluster import ClusterError, lifecycle, python_root
 from e2e.cluster.images import Image, Layer
 from e2e.cluster.packages import SYSTEM_PATH
 from e2e.cluster.paths import locked
+from tools import image_root
 
 _RESOLVER = Path("/etc/resolv.conf")
 # What is not in Debian's smallest system and in every image of Python.
@@ -37,12 +41,16 @@ _PIP = "#!/usr/local/bin/python\nimport sys\n\nfrom pip._internal.cli.main impor
 
 
 def main() -> int:
-    """Build; 0 done, 1 not possible (the reason is on stderr)."""
+    """Build; 0 done, 1 not possible (the reason is on stderr), 130 interrupted."""
     try:
-        name = build()
+        with lifecycle.signals_raise():
+            name = build()
     except ClusterError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("interrupted: nothing was left running", file=sys.stderr)
+        return 130
     size = ARCHIVE.stat().st_size / 2**20
     print(f"{name}: {ARCHIVE}, {size:.0f} MiB\n  python -m e2e.cluster load-image {ARCHIVE.relative_to(images.ROOT)}")
     return 0
@@ -52,12 +60,21 @@ def missing() -> str:
     """Why nothing here can build an image; empty: something can."""
     if any(map(_answers, ENGINES)):
         return ""
+    reason = _lacking("buildah", "debootstrap")
+    return reason and f"no docker or podman answers; without one the image is built {reason}"
+
+
+def missing_for_base() -> str:
+    """Why `base` cannot be made here, whatever builds images; empty: it can."""
+    reason = _lacking("debootstrap")
+    return reason and f"the base image is made {reason}"
+
+
+def _lacking(*programs: str) -> str:
     if os.geteuid() != 0 or not shutil.which("dpkg-query", path=SYSTEM_PATH):
-        return "no docker or podman answers; without one the image is built as root on Debian only"
-    lacking = [program for program in ("buildah", "debootstrap") if not shutil.which(program, path=SYSTEM_PATH)]
-    if not lacking:
-        return ""
-    return f"no docker or podman answers, and not everything else is there: apt-get install {' '.join(lacking)}"
+        return "as root on Debian only"
+    lacking = [program for program in programs if not shutil.which(program, path=SYSTEM_PATH)]
+    return f"with what is not there: apt-get install {' '.join(lacking)}" if lacking else ""
 
 
 def build() -> str:
@@ -112,7 +129,9 @@ def base(name: str) -> Image:
         (root / "etc/pip.conf").touch()
         python_root.compile_all(root / "usr/local")
 
-    key = f"{codename} {_INCLUDED} {sys.version} {pip.__version__}"
+    # By name alone: the cache is for every checkout.
+    filled_by = {path.name: path for path in map(Path, (__file__, python_root.__file__, image_root.__file__))}
+    key = f"{codename} {_INCLUDED} {sys.version} {pip.__version__} {python_root.digest(filled_by)}"
     return Image(name, (Layer("debian-with-python", key, fill, as_it_is=True),))
 
 
@@ -188,9 +207,25 @@ def _run(command: Sequence[str]) -> None:
     # In a namespace of its own: what is mounted goes with the program, whatever becomes of it.
     apart = ["unshare", "--mount"] if os.geteuid() == 0 and command[0] not in ENGINES else []
     environment = os.environ | {"PATH": f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}"}
-    result = subprocess.run([*apart, *command], check=False, env=environment, stdin=subprocess.DEVNULL)
-    if result.returncode != 0:
-        raise ClusterError(f"`{' '.join(command)}` failed (exit code {result.returncode})")
+    process = subprocess.Popen([*apart, *command], env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        code = process.wait()
+    except BaseException:
+        _end_group(process)
+        raise
+    if code != 0:
+        raise ClusterError(f"`{' '.join(command)}` failed (exit code {code})")
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End a program with those that it started, which would go on after Ctrl-C."""
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 5
+    with suppress(ProcessLookupError):  # nobody is left to write into what is deleted next
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, 0)
+            time.sleep(0.01)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from ipaddress import ip_address
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -188,10 +189,20 @@ def stranger(name: str, namespace: str, ips: tuple[str, ...], node: str, labels:
 def open_at(listening: Iterable[tuple[str, int]], ips: Collection[str]) -> list[tuple[str, int]]:
     """Return where a pod with these addresses can be tried, each address with each port that it may be open on.
 
-    ``::`` is every address: no socket of ours is for IPv6 alone, and one that was would only be tried once more.
+    ``::`` is every address: no socket of ours is for IPv6 alone, and one that was would only be tried once more. So is
+    an address that the pod is not known to have: nothing that listens is left out but on loopback.
     """
-    answers = {"0.0.0.0": [ip for ip in ips if ":" not in ip], "::": list(ips)}  # noqa: S104 - what sockets say
-    pairs = {(ip, port) for address, port in listening for ip in answers.get(address, [address]) if ip in ips}
+    pairs: set[tuple[str, int]] = set()
+    for text, port in listening:
+        address = ip_address(text)
+        address = getattr(address, "ipv4_mapped", None) or address
+        if address.is_loopback:
+            continue
+        if address.version == 4 and address.is_unspecified:
+            answers = {ip for ip in ips if ":" not in ip}
+        else:
+            answers = {ip for ip in ips if ip_address(ip) == address} or {*ips}
+        pairs |= {(ip, port) for ip in answers}
     return sorted(pairs, key=lambda pair: (pair[1], ":" in pair[0]))
 
 

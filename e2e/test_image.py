@@ -200,7 +200,7 @@ def test_there_is_nothing_to_start_but_python_and_nothing_to_write_to(built: Arc
 
 def test_the_base_image_has_what_is_not_in_it() -> None:
     """The control of the test before: all of that would have been found."""
-    if reason := build_image.missing():
+    if reason := build_image.missing_for_base():
         pytest.skip(reason)
     [name] = build_image.base_names()
     base = build_image.base(name)

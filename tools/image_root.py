@@ -3,6 +3,8 @@
 Taken over are Python, /packages, /app and the shared libraries that these load. So there is no shell, no pip, no
 package manager and nothing setuid, whatever the base image has. What is in it is told by an SPDX document, which the
 image's label io.securevllm.sbom names, and to scanners in /var/lib/dpkg/status.d, as distroless images do.
+
+Standard library only: in the base image this file is alone. The images of tests take from it what is the same.
 """
 
 from __future__ import annotations
@@ -30,15 +32,17 @@ SBOM = Path("/sbom.spdx.json")
 
 _PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
 _LIBRARY = Path(f"/usr/local/lib/{_PYTHON}")
-_NOT_COPIED = shutil.ignore_patterns(
+NOT_COPIED = (
     *("__pycache__", "site-packages", "ensurepip", "test", "tests", "idlelib", "tkinter", "_tkinter*", "turtledemo"),
     *("lib2to3", "venv", "config-*", "*.a"),
 )
-_ACCOUNTS = {
+"""Patterns of names in Python's library that nobody needs who only runs programs."""
+ACCOUNTS = {
     "etc/passwd": "root:x:0:0:root:/:/sbin/nologin\nnonroot:x:65532:65532:nonroot:/tmp:/sbin/nologin\n",
     "etc/group": "root:x:0:\nnonroot:x:65532:\n",
     "etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
 }
+"""Users, and where they and hosts are looked up: path -> text."""
 # Where the loader looks, certificates, and what distribution a scanner has before it.
 _TAKEN = ("/etc/ld.so.cache", "/etc/ssl/certs/ca-certificates.crt", "/etc/os-release")
 
@@ -51,7 +55,7 @@ def main() -> None:
     for name in ("/bin", "/lib", "/lib64"):  # as the base has them: links into /usr, or folders
         if Path(name).is_symlink():
             (root / name[1:]).symlink_to(Path(name).readlink())
-    shutil.copytree(_LIBRARY, _below(root, _LIBRARY), symlinks=True, ignore=_NOT_COPIED)
+    shutil.copytree(_LIBRARY, _below(root, _LIBRARY), symlinks=True, ignore=shutil.ignore_patterns(*NOT_COPIED))
     for folder in (PACKAGES, APPLICATION):
         shutil.copytree(folder, _below(root, folder), ignore=shutil.ignore_patterns("__pycache__"))
     shutil.rmtree(_below(root, PACKAGES) / "bin", ignore_errors=True)
@@ -65,7 +69,7 @@ def main() -> None:
     for name in _TAKEN:
         if Path(name).exists():
             _copy(Path(name), root)
-    for path, content in _ACCOUNTS.items():
+    for path, content in ACCOUNTS.items():
         (root / path).write_text(content, encoding="ascii")
     (root / "tmp").mkdir()
     (root / "tmp").chmod(0o1777)
@@ -86,20 +90,33 @@ def _copy(source: Path, root: Path) -> None:
 
 def _copy_libraries(root: Path) -> set[Path]:
     """Copy the libraries of the base that the programs and modules below `root` load; returns where they were."""
+    copied: set[Path] = set()
+    try:
+        for _, source in loaded(root):
+            if source not in copied:
+                _copy(source, root)
+                copied.add(source)
+    except LookupError as error:
+        sys.exit(str(error))
+    return {path.resolve() for path in copied}
+
+
+def loaded(root: Path) -> Iterator[tuple[str, Path]]:
+    """Tell what the programs and modules below `root` load from elsewhere: name (empty: the loader) and place.
+
+    Raises:
+        LookupError: a library is not here; says which, and who needs it.
+    """
     files = list(_elf_files(root))
     there = {path.name for path in files}
-    copied: set[Path] = set()
     for file in files:
         said = subprocess.run(["ldd", file], capture_output=True, text=True, check=False).stdout  # noqa: S607
         # A wheel's own libraries find each other through the module that loads them.
         if lost := set(re.findall(r"(\S+) => not found", said)) - there:
-            sys.exit(f"/{file.relative_to(root)} needs {', '.join(sorted(lost))}, which the base image does not have")
-        for name in re.findall(r"(?:\S+ => )?(/\S+) \(0x", said):
-            source = Path(name)
-            if not source.resolve().is_relative_to(root) and source not in copied:
-                _copy(source, root)
-                copied.add(source)
-    return {path.resolve() for path in copied}
+            raise LookupError(f"/{file.relative_to(root)} needs {', '.join(sorted(lost))}: not here")
+        for name, found in re.findall(r"(?:(\S+) => )?(/\S+) \(0x", said):
+            if not Path(found).resolve().is_relative_to(root.resolve()):
+                yield name, Path(found)
 
 
 def _elf_files(root: Path) -> Iterator[Path]:

@@ -11,7 +11,16 @@ import time
 from pathlib import Path
 
 from e2e.cluster import lifecycle, nodes
-from e2e.cluster.binaries import ARGO_CD, ARGO_CD_PROGRAMS, CONTROL_PLANE, binaries_folder, build, find_or_build
+from e2e.cluster.binaries import (
+    ARGO_CD,
+    ARGO_CD_PROGRAMS,
+    CONTROL_PLANE,
+    DEFINED_ELSEWHERE,
+    binaries_folder,
+    build,
+    find_or_build,
+    unpack,
+)
 from e2e.cluster.errors import ClusterError
 from e2e.cluster.paths import cache_folder
 
@@ -116,6 +125,7 @@ def _build(options: argparse.Namespace) -> None:
     if options.background:
         _step_back()
     build(CONTROL_PLANE, _say)
+    _unpack_definitions()
     print(f"built: {binaries_folder()}")
 
 
@@ -128,6 +138,7 @@ def _dependencies(options: argparse.Namespace) -> None:
     nodes.check_machine()
     find_or_build(_say)
     nodes.prepare("cilium", _say)
+    _unpack_definitions()
     print(f"all that nodes need is in {cache_folder()} ({time.monotonic() - began:.0f} s)")
 
 
@@ -136,6 +147,15 @@ def _argo_cd(options: argparse.Namespace) -> None:
         _step_back()
     build(ARGO_CD_PROGRAMS, _say)
     print(f"built: {ARGO_CD.folder}")
+
+
+def _unpack_definitions() -> None:
+    """Have what tests look for beside the programs, as far as it can be had: without it a few are skipped."""
+    for component in DEFINED_ELSEWHERE:
+        try:
+            unpack(component, _say)
+        except ClusterError as error:
+            _say(f"no definitions of {component.title}: {error}")
 
 
 def _nothing_to_build() -> bool:

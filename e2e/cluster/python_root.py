@@ -12,11 +12,10 @@ import hashlib
 import importlib.metadata
 import platform
 import py_compile
-import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 from packaging.requirements import Requirement
@@ -24,28 +23,21 @@ from packaging.utils import canonicalize_name
 
 from e2e.cluster.errors import ClusterError
 from e2e.cluster.images import Layer
+from tools.image_root import ACCOUNTS, NOT_COPIED, loaded
 
 PACKAGES = "/packages"
 APPLICATION = "/app"
 
 _VERSION = f"python{sys.version_info.major}.{sys.version_info.minor}"
 _LIBRARY = f"usr/local/lib/{_VERSION}"
-_NOT_COPIED = shutil.ignore_patterns(
-    *("__pycache__", "site-packages", "test", "tests", "idlelib", "tkinter", "_tkinter*", "turtledemo", "ensurepip"),
-    *("lib2to3", "config-*", "*.a"),
-)
-_FILES = {
-    "etc/passwd": "root:x:0:0:root:/:/sbin/nologin\nnonroot:x:65532:65532:nonroot:/tmp:/sbin/nologin\n",
-    "etc/group": "root:x:0:\nnonroot:x:65532:\n",
-    "etc/nsswitch.conf": "passwd: files\ngroup: files\nhosts: files dns\n",
-}
 # Loaded by name, so that no ELF header mentions them.
 _RESOLVER = ("libnss_files.so.2", "libnss_dns.so.2", "libresolv.so.2")
 
 
 def interpreter() -> Layer:
     """Python, its standard library and the C library, with the folders and files that a container expects."""
-    return Layer("python", f"{sys.version} {' '.join(platform.libc_ver())} {sorted(_FILES.items())}", _fill_interpreter)
+    made_of = f"{sys.version} {' '.join(platform.libc_ver())} {NOT_COPIED} {sorted(ACCOUNTS.items())}"
+    return Layer("python", made_of, _fill_interpreter)
 
 
 def packages(lock: Path) -> Layer:
@@ -119,7 +111,7 @@ def sources(name: str, files: Mapping[str, Path | str]) -> Layer:
                 shutil.copyfile(content, target)
         compile_all(root)
 
-    return Layer(name, f"{sys.version} {_digest(files)}", fill)
+    return Layer(name, f"{sys.version} {digest(files)}", fill)
 
 
 def add_libraries(root: Path) -> None:
@@ -132,20 +124,14 @@ def add_libraries(root: Path) -> None:
 
 def _libraries(root: Path) -> dict[str, Path]:
     """Return path in the image -> file on this machine."""
-    needed: dict[str, Path] = {}
-    files = list(_elf_files(root))
-    # A wheel's own libraries find each other through the module that loads them.
-    there = {path.name for path in files}
-    for path in files:
-        said = subprocess.run(["ldd", path], capture_output=True, text=True, check=False).stdout  # noqa: S607
-        if lost := set(re.findall(r"(\S+) => not found", said)) - there:
-            raise ClusterError(f"{path.relative_to(root)} needs {', '.join(sorted(lost))}: not on this machine")
-        for name, found in re.findall(r"(?:(\S+) => )?(/\S+) \(0x", said):
-            source = Path(found).resolve()
-            if not source.is_relative_to(root.resolve()):
-                # The loader is named by its path; the others are looked for where the loader looks first.
-                needed[found if not name else f"/lib/{platform.machine()}-linux-gnu/{Path(name).name}"] = source
-    return needed
+    try:
+        # The loader is named by its path; the others are looked for where the loader looks first.
+        return {
+            str(found) if not name else f"/lib/{platform.machine()}-linux-gnu/{Path(name).name}": found.resolve()
+            for name, found in loaded(root)
+        }
+    except LookupError as error:
+        raise ClusterError(str(error)) from error
 
 
 def compile_all(root: Path) -> None:
@@ -170,7 +156,9 @@ def copy_interpreter(root: Path) -> None:
     """Copy Python and its standard library to `/usr/local`, without what they load."""
     prefix = Path(sys.base_prefix)
     (root / "usr/local/bin").mkdir(parents=True, exist_ok=True)
-    shutil.copytree(prefix / "lib" / _VERSION, root / _LIBRARY, symlinks=True, ignore=_NOT_COPIED)
+    shutil.copytree(
+        prefix / "lib" / _VERSION, root / _LIBRARY, symlinks=True, ignore=shutil.ignore_patterns(*NOT_COPIED)
+    )
     shutil.copy2((prefix / "bin" / _VERSION).resolve(), root / "usr/local/bin" / _VERSION)
     for alias in ("python", "python3"):
         (root / "usr/local/bin" / alias).symlink_to(_VERSION)
@@ -191,7 +179,7 @@ def _fill_interpreter(root: Path) -> None:
     (root / "tmp").mkdir()
     (root / "tmp").chmod(0o1777)
     copy_interpreter(root)
-    for name, content in _FILES.items():
+    for name, content in ACCOUNTS.items():
         (root / name).write_text(content, encoding="utf-8")
     certificates = Path("/etc/ssl/certs/ca-certificates.crt")
     if certificates.exists():
@@ -206,23 +194,16 @@ def _fill_interpreter(root: Path) -> None:
     compile_all(root)
 
 
-def _elf_files(root: Path) -> Iterable[Path]:
-    for path in sorted(root.rglob("*")):
-        if path.is_file() and not path.is_symlink():
-            with path.open("rb") as file:
-                if file.read(4) == b"\x7fELF":
-                    yield path
-
-
-def _digest(files: Mapping[str, Path | str]) -> str:
-    digest = hashlib.sha256()
+def digest(files: Mapping[str, Path | str]) -> str:
+    """Hash names and content; see `sources`."""
+    hashed = hashlib.sha256()
     for target, content in sorted(files.items()):
         if isinstance(content, str):
-            digest.update(f"{target}\0{content}\0".encode())
+            hashed.update(f"{target}\0{content}\0".encode())
             continue
         for path in sorted(content.rglob("*")) if content.is_dir() else [content]:
             if path.is_file() and "__pycache__" not in path.parts:
-                digest.update(
+                hashed.update(
                     f"{target}\0{path.relative_to(content)}\0{hashlib.sha256(path.read_bytes()).hexdigest()}\0".encode()
                 )
-    return digest.hexdigest()
+    return hashed.hexdigest()

@@ -14,11 +14,13 @@ import signal
 import socket
 import subprocess
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
+from e2e.cluster import daemon
 from e2e.cluster.binaries import ARGO_CD, ARGOCD, ARGOCD_REDIS, program
+from e2e.cluster.lifecycle import processes_folder
 from securevllm.api.kinds import Kind, KubeObject, Ref
 from tests.api.kube import Kube, eventually
 from tests.api.operator_process import token
@@ -151,21 +153,10 @@ class ArgoCD:
         else:
             settings |= {"ARGOCD_BINARY_NAME": name}
         log = folder / "log"
-        with log.open("wb") as output:
-            process = subprocess.Popen(  # noqa: S603 - fixed arguments
-                command, env=settings, cwd=folder, stdout=output, stderr=output, start_new_session=True
-            )
-        try:
+        with in_session(name, command, settings, log, processes_folder(self._cluster.folder)) as process:
             eventually(lambda: _listens(process, port, log), 60)
             yield
             assert process.poll() is None, f"{name} ended: {log.read_text(encoding='utf-8')[-3000:]}"
-        finally:
-            process.terminate()
-            try:
-                process.wait(10)
-            except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
-                process.wait()
 
     def _programs(self) -> Path:
         folder = self._folder / "bin"
@@ -222,6 +213,43 @@ class Repository:
             text=True,
         )
         return done.stdout.strip()
+
+
+@contextmanager
+def in_session(
+    name: str, command: list[str], settings: Mapping[str, str], log: Path, processes: Path
+) -> Iterator[subprocess.Popen[bytes]]:
+    """A process in a session of its own, ended with its children; also by what stops the cluster after a crash of this.
+
+    Args:
+        name: of the process.
+        command: program and arguments.
+        settings: its environment.
+        log: for what it prints; its working directory is beside it.
+        processes: where the cluster's processes are recorded.
+    """
+    processes.mkdir(exist_ok=True)
+    with log.open("wb") as output:
+        process = subprocess.Popen(  # noqa: S603 - fixed arguments
+            command, env=settings, cwd=log.parent, stdout=output, stderr=output, start_new_session=True
+        )
+    try:
+        with suppress(ProcessLookupError):  # it has ended: who waits for it says so
+            daemon.record(processes, name, process.pid)
+        yield process
+    finally:
+        _signal(process, signal.SIGTERM)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        _signal(process, signal.SIGKILL)
+        process.wait()
+        daemon.pid_file(processes, name).unlink(missing_ok=True)
+
+
+def _signal(process: subprocess.Popen[bytes], number: signal.Signals) -> None:
+    """Tell it and its children, git and helm; they may be there when it is not."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, number)
 
 
 def ports(count: int) -> list[int]:

@@ -12,6 +12,8 @@ import sys
 import tarfile
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
@@ -19,8 +21,9 @@ from typing import Any
 import pytest
 
 from e2e import images as project
-from e2e import reach
-from e2e.cluster import ClusterError, network, nodes, packages
+from e2e import reach, test_race
+from e2e.cluster import ClusterError, binaries, network, nodes, packages
+from e2e.cluster import __main__ as command_line
 from e2e.cluster.binaries import (
     ARGO_CD_PROGRAMS,
     CONTROL_PLANE,
@@ -31,6 +34,8 @@ from e2e.cluster.binaries import (
 )
 from e2e.cluster.images import Image, Layer
 from e2e.cluster.node import Node
+from e2e.cluster.paths import cache_folder, locked
+from e2e.definitions import FILES
 from securevllm.context import Context
 
 NODES = ("n1", "n2")
@@ -111,6 +116,58 @@ def test_every_program_belongs_to_the_control_plane_or_to_nodes_or_to_argo_cd() 
 def test_every_component_s_module_requires_its_version(component: Component) -> None:
     text = (Path(network.__file__).parent / component.module / "go.mod").read_text(encoding="utf-8")
     assert component.source.startswith("securevllm.io/") or f"{component.source} v{component.version}" in text
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Component:
+    """A component whose module is a folder of this test."""
+    (tmp_path / "module" / "definitions").mkdir(parents=True)
+    monkeypatch.setattr(binaries, "_find_go", lambda _progress: "go")
+    monkeypatch.setattr(binaries, "_module_folder", lambda _go, _component: tmp_path / "module")
+    return Component("example", "Example", "1", ".", "example.com/module", shared=(("crds", "definitions"),))
+
+
+def test_what_is_only_copied_waits_for_no_build(module: Component) -> None:
+    def waits(line: str) -> None:
+        raise AssertionError(line)
+
+    with locked(cache_folder() / ".build.lock"):
+        folder = binaries.unpack(module, waits)
+    assert [path.name for path in folder.iterdir()] == ["crds"]
+    with locked(folder / ".shared.lock"):  # there already: nobody is waited for
+        assert binaries.unpack(module, waits) == folder
+
+
+def test_only_one_process_copies_the_same(module: Component, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = itertools.count()
+    monkeypatch.setattr(binaries, "_module_folder", lambda _go, _component: next(asked))  # not a folder: copying fails
+    module.folder.mkdir(parents=True)
+    with ThreadPoolExecutor(max_workers=1) as pool:
+        with locked(module.folder / ".shared.lock"):
+            other = pool.submit(binaries.unpack, module, print)
+            time.sleep(0.2)  # it waits, or is done for
+            assert not other.done()
+            (module.folder / "crds").mkdir()
+        assert other.result(timeout=30) == module.folder
+
+
+@pytest.mark.parametrize("command", ["build", "deps"])
+def test_what_builds_programs_has_the_definitions_too(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    unpacked: list[Component] = []
+
+    def unpack(component: Component, _progress: binaries.Progress) -> None:
+        unpacked.append(component)
+        raise ClusterError("no network")  # no reason to fail: the tests that need them say so
+
+    monkeypatch.setenv("SVLLM_CLUSTER", "local")
+    monkeypatch.delenv("SVLLM_KUBECONFIG", raising=False)
+    for name in ("build", "find_or_build"):
+        monkeypatch.setattr(command_line, name, lambda *_arguments: None)
+    for name in ("check_machine", "prepare"):
+        monkeypatch.setattr(nodes, name, lambda *_arguments: None)
+    monkeypatch.setattr(command_line, "unpack", unpack)
+    assert command_line.main([command]) == 0
+    assert {*unpacked} == {component for component, _ in FILES.values()}
 
 
 def test_missing_packages_are_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -296,3 +353,25 @@ def test_only_what_others_could_reach_counts_as_listening() -> None:
         found = reach.listening()
     assert there in found
     assert hidden not in found
+
+
+def test_a_scan_that_hardly_looked_proves_nothing() -> None:
+    enough = test_race.Scan(rounds=5, named=24, fewest=20)
+    test_race.looked(enough, count=6, families=2)
+    for little in (replace(enough, rounds=4), replace(enough, named=23), replace(enough, fewest=19)):
+        with pytest.raises(AssertionError):
+            test_race.looked(little, count=6, families=2)
+
+
+def test_the_withheld_scan_lasts_for_the_tries_that_it_needs() -> None:
+    assert test_race.WITHHELD_SECONDS / reach._OFTEN >= 5 * test_race.MIN_TRIES
+
+
+def test_scanners_are_told_an_address_that_was_a_foreign_pod_s_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(test_race, "_say", lambda _process, text: said.append(text))
+    naming = test_race.Naming("race", (1, 2), listeners=[subprocess.Popen.__new__(subprocess.Popen)])
+    for namespace, name in (("other", "a"), ("race", "b"), ("race", "b")):
+        naming.see("fd00::1", namespace, name)
+    naming.see("<none>", "race", "c")
+    assert said == ["[fd00::1]:1\n[fd00::1]:2\n"]

@@ -116,10 +116,28 @@ def test_a_source_tries_the_families_that_it_has(topology: Topology) -> None:
 
 def test_a_socket_is_tried_at_every_address_that_it_may_be_open_at() -> None:
     everywhere = "0.0.0.0"  # noqa: S104 - what sockets say
-    listening = [("::", 1), (everywhere, 2), ("fd00::1", 3), ("10.0.0.1", 4), (everywhere, 1), ("192.0.2.1", 5)]
+    listening = [("::", 1), (everywhere, 2), ("fd00::1", 3), ("10.0.0.1", 4), (everywhere, 1)]
     assert open_at(listening, ("10.0.0.1", "fd00::1")) == [
         ("10.0.0.1", 1), ("fd00::1", 1), ("10.0.0.1", 2), ("fd00::1", 3), ("10.0.0.1", 4),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("address", "tried"),
+    [
+        ("::ffff:10.0.0.1", ["10.0.0.1"]),
+        ("::ffff:0.0.0.0", ["10.0.0.1"]),
+        ("fd00:0:0::1", ["fd00::1"]),
+        ("fe80::1", ["10.0.0.1", "fd00::1"]),
+        ("192.0.2.1", ["10.0.0.1", "fd00::1"]),
+        ("::ffff:192.0.2.1", ["10.0.0.1", "fd00::1"]),
+        ("127.0.0.1", []),
+        ("::1", []),
+        ("::ffff:127.0.0.1", []),
+    ],
+)
+def test_what_listens_is_left_out_on_loopback_alone(address: str, tried: list[str]) -> None:
+    assert open_at([(address, 1)], ("10.0.0.1", "fd00::1")) == [(ip, 1) for ip in tried]
 
 
 def cell(dialler: Scripted, *, wanted: bool) -> Cell:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -12,7 +15,9 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from e2e.cluster.daemon import ProcessIdentity
 from securevllm import __version__
+from tests.api.kube import eventually
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
@@ -80,3 +85,28 @@ def test_both_installations_have_the_same_parts() -> None:
         for folder in ("install", "install-namespaced")
     ]
     assert parts[0] == parts[1]
+
+
+@pytest.mark.parametrize("beside", [True, False], ids=["beside the build of nodes", "alone"])
+def test_a_ci_run_that_is_ended_ends_its_build_of_argo_cd(tmp_path: Path, beside: bool) -> None:
+    """The part of .ci/run, with programs that do nothing: what it waits for, as it does for minutes, ends with it."""
+    [part] = re.findall(
+        r"^  (\{\n.*?^  \} >build/argocd.log 2>&1 &)$", (ROOT / ".ci" / "run").read_text(), re.DOTALL | re.MULTILINE
+    )
+    (tmp_path / "build").mkdir()
+    waited = tmp_path / "waited"
+    for name in (".venv/bin/python", "tail"):
+        program = tmp_path / name
+        program.parent.mkdir(parents=True, exist_ok=True)
+        program.write_text(f"#!/bin/sh\necho $$ >{waited}.new\nmv {waited}.new {waited}\nexec sleep 600\n")
+        program.chmod(0o755)
+    command = ["bash", "-c", f"set -euo pipefail\nbuilder={os.getpid() if beside else ''}\n{part}\necho $!"]
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    bash = subprocess.run(command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, check=True)  # noqa: S603 - ours
+    eventually(waited.exists)
+    identity = ProcessIdentity.of(int(waited.read_text()))
+    try:
+        os.kill(int(bash.stdout), signal.SIGTERM)
+        eventually(lambda: not identity.alive())
+    finally:
+        identity.stop(grace=0)
