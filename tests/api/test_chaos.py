@@ -294,10 +294,23 @@ class World:
         name, replicas = resource["metadata"]["name"], resource["spec"].get("replicas", 1)
         groups = {f"{name}-e{number}" for number in range(replicas)}
         pods = {f"{group}-{member}-0" for group in groups for member in range(2)}
-        assert {item.name for item in self.there(kinds.POD) if "-e" in item.name} == pods
+        assert {item.name for item in self.there(kinds.POD) if "-e" in item.name} == pods, self.lineage()
         policies = {DENY_NAME, f"{name}-engine", f"{name}-engine-worker", f"{name}-gateway", *groups}
         assert {item.name for item in self.there(kinds.NETWORK_POLICY)} == policies
         assert {item.name for item in self.there(kinds.SERVICE)} == {f"{name}-engine", f"{name}-gateway", *groups}
+
+    def lineage(self) -> str:
+        """Who made which engine, and who has ended: for a person."""
+        kube = self.lab.kube
+        sets = [obj["metadata"] for obj in kube.list(kinds.STATEFUL_SET, self.grouped)]
+        pods = [obj["metadata"] for obj in kube.list(kinds.POD, self.grouped) if "ownerReferences" in obj["metadata"]]
+        lines = [f"{item['name']} {item['uid']} {item.get('deletionTimestamp', '')}" for item in sets]
+        lines += [
+            f"{item['name']} of {item['ownerReferences'][0]['uid']}, made {item['creationTimestamp']}"
+            f" {item.get('deletionTimestamp', '')}"
+            for item in pods
+        ]
+        return "\n".join(lines)
 
     def there(self, kind: kinds.Kind) -> set[Ref]:
         """Objects of a kind beside the groups."""
