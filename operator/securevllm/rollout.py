@@ -227,7 +227,7 @@ class Rollout:
         workloads: dict[Place, KubeObject] = {}
         strays = []
         for obj in self._cache.indexed(owner.uid):
-            if obj["kind"] == kinds.STATEFUL_SET.kind:
+            if obj["kind"] == kinds.STATEFUL_SET.kind and not obj["metadata"].get("deletionTimestamp"):
                 # Of the selector: it cannot be changed.
                 place = _place(obj["spec"]["selector"].get("matchLabels", {}))
                 if place is not None and obj["metadata"]["name"] == _name(owner, place):
@@ -333,8 +333,11 @@ class Rollout:
 
     async def _delete(self, obj: KubeObject) -> Outcome:
         ref = Ref.of(obj)
+        # A StatefulSet stays until its pods are gone. Made anew before that, while the garbage collector's watch is
+        # broken, it would keep pods that nobody can end: the collector never heard that it was deleted.
+        propagation = "Foreground" if ref.kind == kinds.STATEFUL_SET else "Background"
         try:
-            await self._kubernetes.delete(ref, uid=obj["metadata"]["uid"])
+            await self._kubernetes.delete(ref, uid=obj["metadata"]["uid"], propagation=propagation)
         except Conflict:
             self._cache.forget(obj)  # another one of its name
         except ApiError as error:
@@ -367,7 +370,7 @@ class Rollout:
             (place, obj)
             for place, obj in look.workloads.items()
             # An old group keeps the members that only it has until its turn.
-            if Ref.of(obj) not in wanted and place[0] not in waiting and not obj["metadata"].get("deletionTimestamp")
+            if Ref.of(obj) not in wanted and place[0] not in waiting
         ]
         outcome = Outcome()
         for _, obj in sorted(surplus, key=lambda item: (-_number(item[0][0]), item[0][1])):
