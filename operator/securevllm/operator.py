@@ -62,7 +62,7 @@ _ABORT_SECONDS = 5.0
 _OBJECTS_BETWEEN_COLLECTIONS = 10_000
 
 WATCHED = (
-    Watched(kinds.SECURE_VLLM_DEPLOYMENT),
+    Watched(kinds.SECURE_VLLM_DEPLOYMENT, own_status=True),
     # All of them, not only ours: NetworkPolicies add up, so anybody's can open what ours close.
     Watched(kinds.NETWORK_POLICY),
     # Repairs look at managedFields of what we apply.

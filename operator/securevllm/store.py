@@ -6,7 +6,8 @@ message. Not thread-safe: it belongs to the event loop's thread.
 
 What is known and what was heard are two things. A look, or the answer to a write, also carries what somebody else
 changed a moment before; that one's event must still wake a reconcile, although the cache holds a newer state by then.
-Only the event of an own write is no news.
+Only the event of an own write is no news, and a write that changed nothing is none: its answer has the version of the
+last change, whoever made that. It happens when the answer to the write before was lost.
 
 Objects are shared, not copied: whoever reads one must not change it.
 """
@@ -32,11 +33,22 @@ class Watched:
         kind: of the objects.
         label_selector: only these, selected by the API server; None is all of them.
         managed_fields: keep ``metadata.managedFields``; half of the size of a Pod, and only needed for repairs.
+        own_status: what we write of them is their status; of other kinds it is everything else.
     """
 
     kind: Kind
     label_selector: str | None = None
     managed_fields: bool = True
+    own_status: bool = False
+
+    def of_others(self, obj: KubeObject) -> object:
+        """What only others change of an object."""
+        metadata = obj["metadata"]
+        if not self.own_status:
+            return obj.get("status"), metadata.get("deletionTimestamp")
+        ours = ("resourceVersion", "managedFields")
+        rest = {name: value for name, value in obj.items() if name not in {"status", "metadata"}}
+        return rest, {name: value for name, value in metadata.items() if name not in ours}
 
 
 @dataclass(frozen=True)
@@ -169,10 +181,12 @@ class Store:
         self._file(ref, old, new)
 
     def wrote(self, obj: KubeObject) -> None:
-        """Take in the answer to an own write."""
+        """Take in the answer to an own write. Its event is news where it holds what somebody else changed."""
         ref, version = Ref.of(obj), _version(obj)
         shelf, where = self._shelf(ref.kind), (ref.namespace, ref.name)
-        if version > shelf.heard.get(where, -1):
+        old, of_others = self.get(ref), shelf.watched.of_others
+        alone = old is None or (version > _version(old) and of_others(obj) == of_others(old))
+        if alone and version > shelf.heard.get(where, -1):
             shelf.own.setdefault(where, set()).add(version)
         self.put(obj)
 
