@@ -580,8 +580,8 @@ def _one_line(words: str) -> str:
 )
 @click.option(
     "--wait",
-    default=0.0,
-    type=click.FloatRange(0, 86400),
+    default=0,
+    type=click.IntRange(0, 86400),
     metavar="SECONDS",
     help="Wait so long for a Ready engine; with --status, for a verdict of the operator.",
 )
@@ -603,7 +603,7 @@ def probe(  # noqa: PLR0917 - click gives one argument per option
     every: bool,
     status: bool,
     vantages: tuple[str, ...],
-    wait: float,
+    wait: int,
     image: str | None,
     kubeconfig: Path | None,
     context: str | None,

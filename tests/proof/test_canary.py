@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 import signal
 import socket
@@ -110,7 +111,10 @@ def test_a_listener_accepts_until_it_is_ended_and_reads_nothing(tmp_path: Path) 
     [
         ("", ["probe"], 2, CANARY_VARIABLE),
         ("[]", ["probe"], 2, "not a JSON object"),
-        (json.dumps({"targets": [{"key": 1}]}), ["probe"], 2, "not the configuration of a canary"),
+        (json.dumps({"targets": [{"key": 1}]}), ["probe"], 2, "targets[0].key is 1, not a text"),
+        (json.dumps({"targets": [{"key": "a", "address": "::1"}]}), ["probe"], 2, "targets[0].port is missing"),
+        (json.dumps({"listen": "80"}), ["listen"], 2, 'listen is "80", not a list of whole numbers'),
+        (json.dumps({"seconds": math.nan}), ["probe"], 2, "seconds is NaN, not a number"),
         ("{}", [], 2, "usage: securevllm canary listen|probe"),
         ("{}", ["dance"], 2, "usage: securevllm canary listen|probe"),
         # What a newer operator says and an older image does not know is left out.

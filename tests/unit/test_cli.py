@@ -354,6 +354,7 @@ def test_probe_teaches_its_vantage_points_rights_and_exit_codes() -> None:
         (["--all", "--all-namespaces"], "--all and --all-namespaces do not go together"),
         (["llama", "--status", "--from", "other"], "leave one of them out"),
         (["llama", "--wait", "-1"], "--wait"),
+        (["llama", "--wait", "nan"], "--wait"),
         (["llama", "--kubeconfig", "/nowhere"], "--kubeconfig"),
         (["llama", "--kubeconfig", str(SAMPLE)], "cannot be used"),
         (["llama", "-n", "BAD_NS"], "is no name of a namespace"),

@@ -7,6 +7,7 @@ is not known is ignored and every field has a default.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
 from enum import StrEnum
@@ -156,15 +157,13 @@ def load_canary(text: str) -> CanaryConfig:
     Raises:
         ValueError: it is not one.
     """
-    raw = _mapping(text)
-    try:
-        return CanaryConfig(
-            **_known(CanaryConfig, raw, "listen", "targets"),
-            listen=tuple(raw.get("listen", ())),
-            targets=tuple(Target(**_known(Target, item)) for item in raw.get("targets", ())),
-        )
-    except (TypeError, KeyError, AttributeError) as error:
-        raise ValueError(f"not the configuration of a canary: {error}") from None
+    raw = _judged(CanaryConfig, _mapping(text))
+    targets = [_judged(Target, item, f"targets[{index}].") for index, item in enumerate(raw.get("targets", ()))]
+    return CanaryConfig(
+        **_known(CanaryConfig, raw, "listen", "targets"),
+        listen=tuple(raw.get("listen", ())),
+        targets=tuple(Target(**_known(Target, item)) for item in targets),
+    )
 
 
 def dump_answers(answers: Mapping[str, Reach]) -> str:
@@ -198,10 +197,11 @@ _FORMS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "str": ("a text", lambda value: isinstance(value, str)),
     "bool": ("true or false", lambda value: isinstance(value, bool)),
     "int": ("a whole number", lambda value: type(value) is int),
-    "float": ("a number", lambda value: type(value) in {int, float}),
+    "float": ("a number", lambda value: type(value) in {int, float} and math.isfinite(value)),
     "tuple[str, ...]": ("a list of texts", lambda value: _list_of(str, value)),
     "tuple[int, ...]": ("a list of whole numbers", lambda value: _list_of(int, value)),
     "tuple[Forbidden, ...]": ("a list of objects", lambda value: _list_of(dict, value)),
+    "tuple[Target, ...]": ("a list of objects", lambda value: _list_of(dict, value)),
     "Barrier | None": ("an object or null", lambda value: value is None or isinstance(value, dict)),
 }
 """What JSON has for a field with this annotation."""
