@@ -207,7 +207,7 @@ def _run(command: Sequence[str]) -> None:
     # In a namespace of its own: what is mounted goes with the program, whatever becomes of it.
     apart = ["unshare", "--mount"] if os.geteuid() == 0 and command[0] not in ENGINES else []
     environment = os.environ | {"PATH": f"{os.environ.get('PATH', '')}:{SYSTEM_PATH}"}
-    process = subprocess.Popen([*apart, *command], env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
+    process = subprocess.Popen([*apart, *command], env=environment, stdin=subprocess.DEVNULL, process_group=0)
     try:
         code = process.wait()
     except BaseException:

@@ -432,7 +432,7 @@ def _go_build(go: str, name: str, later: list[str], progress: Progress) -> None:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
+            process_group=0,  # of the same session: by that Linux weighs what runs in the background
         )
         try:
             while True:

@@ -151,6 +151,21 @@ def test_only_one_process_copies_the_same(module: Component, monkeypatch: pytest
         assert other.result(timeout=30) == module.folder
 
 
+def test_a_build_stays_in_the_session_whose_weight_the_background_lowered(
+    module: Component, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A session of its own would weigh as much as all tests together, whatever its niceness."""
+    monkeypatch.setitem(PROGRAMS, "example", binaries.Program(module, ".", "1"))
+    module.folder.mkdir(parents=True)
+    go = tmp_path / "go"
+    go.write_text('#!/bin/sh\nwhile [ "$1" != -o ]; do shift; done\nps -o sid=,pgid= -p $$ >"$2"\n')
+    go.chmod(0o755)
+    binaries._go_build(str(go), "example", [], lambda _line: None)
+    session, group = map(int, (module.folder / "example").read_text(encoding="ascii").split())
+    assert session == os.getsid(0)
+    assert group != os.getpgrp()  # which ends with its compilers
+
+
 @pytest.mark.parametrize("command", ["build", "deps"])
 def test_what_builds_programs_has_the_definitions_too(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     unpacked: list[Component] = []
