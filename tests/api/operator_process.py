@@ -227,10 +227,14 @@ class OperatorProcess:
         try:
             return self.start()
         except BaseException:
-            self.__exit__()
+            self.end()
             raise
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _kind: object, error: BaseException | None, _traceback: object) -> None:
+        if error is not None:
+            alive = self._process is not None and self._process.poll() is None
+            end = "\n".join(self.log.splitlines()[-40:])
+            error.add_note(f"{self.identity} {'runs' if alive else 'does not run'}; the end of its log:\n{end}")
         self.end()
 
     def end(self) -> None:

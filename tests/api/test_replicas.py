@@ -126,7 +126,8 @@ def test_it_gets_over_a_restart_and_an_outage_of_the_api_server(lab: Lab) -> Non
             # Whoever goes on must hear of changes again.
             kube.patch(Ref(kinds.SECURE_VLLM_DEPLOYMENT, namespace, "llama"), {"spec": {"replicas": 2 + int(outage)}})
             kube.delete(Ref(kinds.NETWORK_POLICY, namespace, "llama-engine"))
-            eventually(lambda: as_rendered(kube, namespace), 60)
+            # It may have led until just now, and give up by an outage that is over.
+            eventually(lambda: supervised(operator) and as_rendered(kube, namespace), 60)
             told.append(f"{outage:g} s: {'the same process' if operator.pid == pid else 'restarted'}")
             assert lab.audit.writes(since, user=USER, namespace=namespace) != []
         assert operator.get("/readyz")[0] == 200
