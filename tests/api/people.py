@@ -86,7 +86,7 @@ class GroupUser:
 
     def cure(self, namespace: str, attempt: int) -> None:
         """Change the template of the engines, which ends every back-off. Not by the dice: that it happens is chance."""
-        labels = {"example.com/attempt": str(attempt)}
+        labels = {"attempt": str(attempt)}
         self.kube.patch(ref(namespace, self.NAME), {"spec": {"engine": {"labels": labels}}})
 
     def _change(self, namespace: str) -> None:
