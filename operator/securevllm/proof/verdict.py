@@ -17,8 +17,7 @@ from enum import StrEnum
 
 from securevllm.proof.wire import BLOCKED, Reach
 
-_OF_A_GATEWAY = "GatewayReachable"
-REACHABLE = frozenset({"EngineReachable", _OF_A_GATEWAY})
+REACHABLE = frozenset({"EngineReachable", "GatewayReachable"})
 """Reasons of verdicts that something was reached that must not be."""
 
 
@@ -178,8 +177,11 @@ class Proof:
 
     @property
     def breached(self) -> bool:
-        """Whether an engine is known to be open to others; the statistics of a gateway are none."""
-        return self.status == "False" and self.reason != _OF_A_GATEWAY
+        """Whether something is known to be open to others.
+
+        Also the statistics of a gateway: what hides behind them, an engine or a forbidden route, was perhaps not tried.
+        """
+        return self.status == "False"
 
 
 _SHOWN = 5
@@ -229,7 +231,7 @@ def _reached(seen: Round) -> Proof | None:
         "False",
         "EngineReachable" if engines else "GatewayReachable",
         f"{_some(told)} can be reached, and no policy allows it: the network does not enforce the NetworkPolicies."
-        f" {'Requests can pass the gateway by' if engines else 'No engine was reached'}."
+        f" {'Requests can pass the gateway by' if engines else 'No engine was reached so far'}."
         " Install a network plugin that enforces them, or look at what it says.",
     )
 
