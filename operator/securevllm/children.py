@@ -67,7 +67,7 @@ class Cache(Protocol):
         """Take what a look found, unless a newer state is known."""
 
     def wrote(self, obj: KubeObject) -> None:
-        """Take the answer to an own write: its event will wake nobody."""
+        """Take the answer to an own write: its event wakes nobody, unless it may hold what somebody else changed."""
 
     def forget(self, obj: KubeObject) -> None:
         """This state is old: unless a newer one is known, the next look goes to the API server."""

@@ -274,7 +274,7 @@ def _catalogued(text: str | None) -> catalogue.Version | None:
         version = catalogue.Version.parse(text)
     except ValueError as error:
         _wrong(str(error))
-    nearest = min(max(version, catalogue.oldest()), catalogue.newest())
+    nearest = catalogue.newest() if catalogue.too_new(version) else max(version, catalogue.oldest())
     if nearest != version:
         known = f"vLLM {catalogue.oldest()} to {catalogue.newest()}"
         _wrong(f"the catalogue knows {known}, not {version}: write --version {nearest}, or leave it out")

@@ -35,7 +35,16 @@ _CONTROLLER_ANNOTATIONS = (
     "service.beta.kubernetes.io/",
     "service.kubernetes.io/",
 )
-_SERVER_METADATA = ("managedFields", "resourceVersion", "generation", "uid", "creationTimestamp", "selfLink")
+_SERVER_METADATA = (
+    "creationTimestamp",
+    "deletionGracePeriodSeconds",
+    "deletionTimestamp",
+    "generation",
+    "managedFields",
+    "resourceVersion",
+    "selfLink",
+    "uid",
+)
 
 _QUANTITY_FIELDS = frozenset({"limits", "requests", "sizeLimit"})
 

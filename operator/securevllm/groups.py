@@ -124,6 +124,7 @@ class Group:
         pods: by rank, as many; None: it does not exist.
         memory: None for a group that never was.
         suspended: no pods are wanted.
+        ending: names of its StatefulSets that are being deleted; they are no ``workloads`` any more.
     """
 
     name: str
@@ -133,6 +134,7 @@ class Group:
     pods: tuple[Member | None, ...]
     memory: GroupMemory | None = None
     suspended: bool = False
+    ending: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ class Judgement:
         gates: by rank: whether the *rest* of the group is as it should be; empty: there are none, or nothing is said. A
             pod's own readiness is kubelet's to tell: a head that recovers while the operator is down serves again.
         look: unix seconds at which the time alone changes something: a broken group may start anew, ...
-        left: pods of before that have to end until an absent group can start.
+        left: pods and StatefulSets of before that have to end until an absent group can start.
         why: of a broken group, what broke it.
         serving: its pods are ready, their gates included.
     """
@@ -197,7 +199,8 @@ def judge(group: Group, now: float, startup: float) -> Judgement:
         startup: seconds that an engine may take to become ready.
     """
     name, memory = group.name, group.memory or _adopted(group)
-    left = tuple(pod.name for pod in group.pods if pod is not None)
+    # A StatefulSet of that name cannot be made while the last one ends: an apply would only touch that.
+    left = (*(pod.name for pod in group.pods if pod is not None), *(f"StatefulSet {name}" for name in group.ending))
     if group.suspended:
         told = f"{name}: {', '.join(left)} still has to end." if left else ""
         return Judgement(name, State.SUSPENDED, current=True, message=told, memory=_unformed(memory))

@@ -205,12 +205,12 @@ class Rollout:
             memory: of the groups, as it was kept last.
             startup: seconds that an engine may take to become ready.
         """
-        workloads, strays = self._workloads(owner)
+        workloads, ending, strays = self._workloads(owner)
         pods = self._pods(owner)
         now = self._now().timestamp()
         # Of two sides the first of each, then the second: a pair that can serve comes first.
         ordered = sorted(rendered.groups, key=lambda item: _number(item.group.name))
-        groups = tuple(judge(_group(item, workloads, pods, memory), now, startup) for item in ordered)
+        groups = tuple(judge(_group(item, workloads, ending, pods, memory), now, startup) for item in ordered)
         return Look(groups, plan(groups, now), workloads, pods, tuple(strays))
 
     def carried(self, owner: Owner) -> dict[str, tuple[str, ...]]:
@@ -222,19 +222,21 @@ class Rollout:
             found.setdefault(name, []).append(read_member(pod).pair.template)
         return {name: tuple(dict.fromkeys(hashes)) for name, hashes in found.items()}
 
-    def _workloads(self, owner: Owner) -> tuple[dict[Place, KubeObject], list[KubeObject]]:
-        """StatefulSets of members, and those that only say they are the resource's."""
+    def _workloads(self, owner: Owner) -> tuple[dict[Place, KubeObject], dict[Place, KubeObject], list[KubeObject]]:
+        """StatefulSets of members, those of them that are being deleted, and those that only say they are of it."""
         workloads: dict[Place, KubeObject] = {}
+        ending: dict[Place, KubeObject] = {}
         strays = []
         for obj in self._cache.indexed(owner.uid):
-            if obj["kind"] == kinds.STATEFUL_SET.kind and not obj["metadata"].get("deletionTimestamp"):
+            if obj["kind"] == kinds.STATEFUL_SET.kind:
+                deleted = bool(obj["metadata"].get("deletionTimestamp"))
                 # Of the selector: it cannot be changed.
                 place = _place(obj["spec"]["selector"].get("matchLabels", {}))
                 if place is not None and obj["metadata"]["name"] == _name(owner, place):
-                    workloads[place] = obj
-                else:
+                    (ending if deleted else workloads)[place] = obj
+                elif not deleted:
                     strays.append(obj)
-        return workloads, strays
+        return workloads, ending, strays
 
     def _pods(self, owner: Owner) -> dict[Place, KubeObject]:
         """Pods that a StatefulSet made under the name of a member: not those that only carry its labels."""
@@ -408,6 +410,7 @@ def _name(owner: Owner, place: Place) -> str:
 def _group(
     item: RenderedGroup,
     workloads: Mapping[Place, KubeObject],
+    ending: Mapping[Place, KubeObject],
     pods: Mapping[Place, KubeObject],
     memory: Mapping[str, GroupMemory],
 ) -> Group:
@@ -422,4 +425,5 @@ def _group(
         pods=tuple(read_member(pods[place]) if place in pods else None for place in places),
         memory=memory.get(name),
         suspended=all(obj["spec"]["replicas"] == 0 for obj in item.workloads),
+        ending=tuple(obj["metadata"]["name"] for (group, _), obj in sorted(ending.items()) if group == name),
     )

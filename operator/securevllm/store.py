@@ -33,7 +33,8 @@ class Watched:
         kind: of the objects.
         label_selector: only these, selected by the API server; None is all of them.
         managed_fields: keep ``metadata.managedFields``; half of the size of a Pod, and only needed for repairs.
-        own_status: what we write of them is their status; of other kinds it is everything else.
+        own_status: what we write of them is their status; of other kinds it is everything else. (Of pods it is also the
+            readiness gate of their group, whose event therefore is news: work, nothing lost.)
     """
 
     kind: Kind

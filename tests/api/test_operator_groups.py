@@ -28,8 +28,9 @@ from securevllm.render.meta import (
     TEMPLATE_LABEL,
     WHOLE_CONDITION,
 )
+from tests.api.audit import now
 from tests.api.kube import Refused, eventually
-from tests.api.operator_process import await_condition, new_namespace, resource
+from tests.api.operator_process import USER, await_condition, new_namespace, resource
 
 if TYPE_CHECKING:
     from e2e.cluster import Cluster
@@ -374,6 +375,39 @@ def test_scaling_down_takes_the_highest_groups_and_their_policies_after_their_po
             and event["objectRef"].get("namespace") == namespace
         ]
         assert deleted == ["llama-e2-0", "llama-e2-1", "llama-e1-0", "llama-e1-1"]
+
+
+def test_scaled_up_again_a_group_waits_until_its_old_statefulsets_are_gone(
+    cluster: Cluster, kube: Kube, operator: OperatorProcess, namespace: str
+) -> None:
+    del operator
+    with hollow_node(cluster, namespace=namespace):
+        kube.create(resource(namespace, parallelism=TWO_NODES, replicas=2))
+        until_whole(kube, namespace, "e0", "e1")
+        held = Ref(kinds.STATEFUL_SET, namespace, "llama-e1-1")
+        kube.patch(held, {"metadata": {"finalizers": ["securevllm.io/test"]}})
+        kube.patch(svllm(namespace), {"spec": {"replicas": 1}}, subresource="scale")
+        eventually(lambda: look(kube, namespace).keys() == {"e0-0", "e0-1"}, 30)
+        eventually(lambda: kube.find(Ref(kinds.STATEFUL_SET, namespace, "llama-e1-0")) is None)
+        uid = kube.get(held)["metadata"]["uid"]
+        kube.patch(svllm(namespace), {"spec": {"replicas": 2}}, subresource="scale")
+        eventually(lambda: "when StatefulSet llama-e1-1 has ended" in str(kube.get(svllm(namespace))["status"]))
+        since = now()
+        time.sleep(1)
+        assert events(kube, namespace, "GroupStarted") == []
+        tried = [
+            event["verb"]
+            for event in cluster.audit_events()
+            if event.get("objectRef", {}).get("resource") == "statefulsets"
+            and event["objectRef"].get("namespace") == namespace
+            and event["stageTimestamp"] > since
+            and event["user"]["username"] == USER
+        ]
+        assert tried == []
+        kube.patch(held, {"metadata": {"finalizers": None}})
+        until_whole(kube, namespace, "e0", "e1")
+        assert kube.get(held)["metadata"]["uid"] != uid
+        assert len(events(kube, namespace, "GroupStarted")) <= 1
 
 
 def test_suspended_and_resumed(cluster: Cluster, kube: Kube, operator: OperatorProcess, namespace: str) -> None:

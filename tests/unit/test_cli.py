@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -185,6 +186,12 @@ def test_a_version_beyond_the_catalogue_has_no_answer(command: str, version: str
     result = run(command, "--version", version)
     assert (result.exit_code, result.stdout) == (2, "")
     assert told in result.stderr
+
+
+@pytest.mark.parametrize("command", ["routes", "guard"])
+def test_a_patch_release_is_known_by_its_minor_one_as_of_an_image(command: str) -> None:
+    newest = catalogue.newest()
+    assert run(command, "--version", str(replace(newest, patch=newest.patch + 1))).exit_code == 0
 
 
 def test_routes_are_those_of_the_catalogue() -> None:

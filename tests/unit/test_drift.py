@@ -243,6 +243,7 @@ def test_a_footprint_is_blind_to_what_servers_and_controllers_note() -> None:
     before = footprint(rendered(), live())
     noted = live(resourceVersion="8", generation=9, managedFields=[], finalizers=["x"])
     noted["metadata"]["annotations"]["deployment.kubernetes.io/revision"] = "4"
+    noted["metadata"] |= {"deletionTimestamp": "2026-12-01T09:00:00Z", "deletionGracePeriodSeconds": 0}
     noted["status"] = {"replicas": 1}
     restarted = changed(("spec", "template", "metadata", "annotations", "kubectl.kubernetes.io/restartedAt"), "now")
     assert {footprint(rendered(), noted), footprint(rendered(), restarted)} == {before}

@@ -80,9 +80,21 @@ def step(seen: Group, now: int = NOW) -> Step:
     return plan([judged(seen, now)], now).steps["e0"]
 
 
+def ending(*pods: Member | None) -> Group:
+    """A group whose StatefulSets are being deleted."""
+    return replace(group(*pods, members=()), workloads=(None, None), ending=("llama-e0-0", "llama-e0-1"))
+
+
 @pytest.mark.parametrize(
     ("seen", "state", "done", "words"),
     [
+        pytest.param(
+            ending(None, None),
+            State.ABSENT,
+            Step.WAIT,
+            "e0 is not there: it starts when StatefulSet llama-e0-0, StatefulSet llama-e0-1 has ended.",
+            id="its-statefulsets-end",
+        ),
         pytest.param(group(member(0), member(1)), State.WHOLE, Step.KEEP, "", id="whole"),
         pytest.param(group(member(0), member(1), members=()), State.WHOLE, Step.KEEP, "", id="whole-at-the-first-look"),
         pytest.param(

@@ -485,7 +485,7 @@ _CHECKS: tuple[Callable[[api.Spec], Iterator[Problem]], ...] = (
 def _version(spec: api.Spec, version: catalogue.Version) -> Iterator[Problem]:
     said = spec.vllm_version or api.VllmVersion()
     field, value = ("spec.image", spec.image) if said.assume is None else ("spec.vllmVersion.assume", said.assume)
-    if (version.major, version.minor) > (catalogue.newest().major, catalogue.newest().minor):
+    if catalogue.too_new(version):
         yield Problem(
             field,
             "VersionUnknown",

@@ -447,6 +447,11 @@ def newest() -> Version:
     return Version.parse(_read("versions.toml")["newest"])
 
 
+def too_new(version: Version) -> bool:
+    """Whether the catalogue says nothing about a release; a patch release is of its minor one."""
+    return (version.major, version.minor) > (newest().major, newest().minor)
+
+
 @functools.cache
 def oldest() -> Version:
     """Oldest version that was compared with its source."""
